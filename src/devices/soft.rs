@@ -1,0 +1,4 @@
+//! Keys in this process's memory.
+/// stub
+#[derive(Debug)]
+pub struct SoftKey;

@@ -1,0 +1,3 @@
+//! What the system needs: the clock, process hygiene, descriptors, foreign arithmetic. The only place with `unsafe`.
+
+pub mod clock;

@@ -1,0 +1,4 @@
+//! stub
+pub mod key;
+pub mod policy;
+pub mod purpose;
