@@ -1,4 +1,241 @@
-//! Keys in this process's memory.
-/// stub
-#[derive(Debug)]
-pub struct SoftKey;
+//! Keys in this process's memory: how they are made, used and sealed. Knows private values and arithmetic; no policy.
+
+use std::{
+    fmt,
+    sync::{PoisonError, RwLock},
+};
+
+use aws_lc_rs::{
+    digest,
+    rand::SystemRandom,
+    signature::{self as lc, EcdsaKeyPair, Ed25519KeyPair, KeyPair},
+};
+use fips204::{
+    ml_dsa_44,
+    traits::{KeyGen, SerDes, Signer as _},
+};
+use zeroize::Zeroizing;
+
+use super::{DeviceError, Hash, Scheme, Signature};
+use crate::{
+    public_key::{Curve, KeyType, MLDSA44_ED25519_LABEL, mldsa44_ed25519_message},
+    sys::rsa::{RsaIntegers, RsaKey},
+};
+
+/// The private values of a key as SSH writes them, borrowed from the message that brought them.
+pub enum SoftParts<'a> {
+    /// The seed and the public point.
+    Ed25519 {
+        /// 32 bytes.
+        seed: &'a [u8],
+        /// 32 bytes.
+        public: &'a [u8],
+    },
+    /// The scalar's magnitude and the uncompressed point.
+    Ecdsa {
+        /// The curve of both.
+        curve: Curve,
+        /// At most as long as the curve's scalars.
+        scalar: &'a [u8],
+        /// `04 ‖ x ‖ y`.
+        point: &'a [u8],
+    },
+    /// The six integers.
+    Rsa(RsaIntegers<'a>),
+    /// Two seeds and two public keys.
+    MlDsa44Ed25519 {
+        /// ML-DSA's seed, then Ed25519's, 32 bytes each.
+        seeds: &'a [u8],
+        /// The public halves, as in the key's blob.
+        public: (&'a [u8], &'a [u8]),
+    },
+}
+
+/// A private key that is open for signing, or sealed while the vault is locked.
+pub struct SoftKey {
+    key_type: KeyType,
+    state: RwLock<State>,
+}
+
+enum State {
+    Open(Signer),
+    Sealed(Box<[u8]>),
+}
+
+/// Parsed once, when the key is added. The seeds stay beside what aws-lc makes of them, since aws-lc-rs gives them
+/// back only in buffers that it does not wipe.
+enum Signer {
+    Ed25519 { pair: Ed25519KeyPair, seed: Zeroizing<[u8; 32]> },
+    Ecdsa { curve: Curve, pair: EcdsaKeyPair, scalar: Zeroizing<Box<[u8]>> },
+    Rsa(RsaKey),
+    MlDsa44Ed25519 { mldsa: Box<ml_dsa_44::PrivateKey>, ed25519: Ed25519KeyPair, seeds: Zeroizing<Box<[u8]>> },
+}
+
+impl fmt::Debug for SoftKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SoftKey({})", self.key_type.name())
+    }
+}
+
+const MISMATCH: DeviceError = DeviceError::Unsupported("the private and the public half do not belong together");
+
+impl SoftKey {
+    /// Parses and checks a key: its private half must make its public half.
+    pub fn new(parts: &SoftParts<'_>) -> Result<Self, DeviceError> {
+        let signer = match parts {
+            SoftParts::Ed25519 { seed, public } => Signer::ed25519(seed, public)?,
+            SoftParts::Ecdsa { curve, scalar, point } => Signer::ecdsa(*curve, scalar, point)?,
+            SoftParts::Rsa(integers) => Signer::Rsa(RsaKey::from_integers(integers).ok_or(MISMATCH)?),
+            SoftParts::MlDsa44Ed25519 { seeds, public: (mldsa, ed25519) } => {
+                let (signer, made) = Signer::mldsa44_ed25519(seeds)?;
+                if made != [*mldsa, *ed25519].concat() {
+                    return Err(MISMATCH);
+                }
+                signer
+            }
+        };
+        Ok(Self { key_type: signer.key_type(), state: RwLock::new(State::Open(signer)) })
+    }
+
+    /// Whether a signature takes so little time (some ten microseconds) that handing it to another thread costs more.
+    pub fn is_fast(&self) -> bool {
+        matches!(self.key_type, KeyType::Ed25519 | KeyType::Ecdsa(Curve::P256 | Curve::P384))
+    }
+
+    /// Signs `data`, hashing it as the scheme says.
+    pub fn sign(&self, scheme: Scheme, data: &[u8]) -> Result<Signature, DeviceError> {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Open(signer) => signer.sign(scheme, data),
+            State::Sealed(_) => Err(DeviceError::Sealed),
+        }
+    }
+
+    /// Replaces the key by what `seal` makes of its private values. Waits for signatures that are being made.
+    pub fn seal(&self, seal: &mut dyn FnMut(&[u8]) -> Result<Box<[u8]>, DeviceError>) -> Result<(), DeviceError> {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if let State::Open(signer) = &*state {
+            *state = State::Sealed(seal(&signer.secret()?)?);
+        }
+        Ok(())
+    }
+
+    /// Brings a sealed key back; `open` undoes what `seal` did.
+    pub fn unseal(
+        &self,
+        open: &mut dyn FnMut(&[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if let State::Sealed(sealed) = &*state {
+            *state = State::Open(Signer::from_secret(self.key_type, &open(sealed)?)?);
+        }
+        Ok(())
+    }
+}
+
+impl Signer {
+    fn ed25519(seed: &[u8], public: &[u8]) -> Result<Self, DeviceError> {
+        let bytes: &[u8; 32] = seed.try_into().map_err(|_| MISMATCH)?;
+        let pair = Ed25519KeyPair::from_seed_and_public_key(seed, public).map_err(|_| MISMATCH)?;
+        Ok(Self::Ed25519 { pair, seed: Zeroizing::new(*bytes) })
+    }
+
+    fn ecdsa(curve: Curve, scalar: &[u8], point: &[u8]) -> Result<Self, DeviceError> {
+        let zeros = curve.scalar_len().checked_sub(scalar.len()).ok_or(MISMATCH)?;
+        let mut fixed = Zeroizing::new(vec![0; curve.scalar_len()].into_boxed_slice());
+        fixed[zeros..].copy_from_slice(scalar);
+        let scheme = match curve {
+            Curve::P256 => &lc::ECDSA_P256_SHA256_FIXED_SIGNING,
+            Curve::P384 => &lc::ECDSA_P384_SHA384_FIXED_SIGNING,
+            Curve::P521 => &lc::ECDSA_P521_SHA512_FIXED_SIGNING,
+        };
+        let pair = EcdsaKeyPair::from_private_key_and_public_key(scheme, &fixed, point).map_err(|_| MISMATCH)?;
+        Ok(Self::Ecdsa { curve, pair, scalar: fixed })
+    }
+
+    /// The signer, and the public key that the seeds make.
+    fn mldsa44_ed25519(seeds: &[u8]) -> Result<(Self, Vec<u8>), DeviceError> {
+        let (ml_seed, ed_seed) = seeds.split_first_chunk::<32>().ok_or(MISMATCH)?;
+        if ed_seed.len() != 32 {
+            return Err(MISMATCH);
+        }
+        let (ml_public, mldsa) = ml_dsa_44::KG::keygen_from_seed(ml_seed);
+        let ed25519 = Ed25519KeyPair::from_seed_unchecked(ed_seed).map_err(|_| MISMATCH)?;
+        let public = [&ml_public.into_bytes()[..], ed25519.public_key().as_ref()].concat();
+        Ok((Self::MlDsa44Ed25519 { mldsa: Box::new(mldsa), ed25519, seeds: Zeroizing::new(seeds.into()) }, public))
+    }
+
+    fn key_type(&self) -> KeyType {
+        match self {
+            Self::Ed25519 { .. } => KeyType::Ed25519,
+            Self::Ecdsa { curve, .. } => KeyType::Ecdsa(*curve),
+            Self::Rsa(_) => KeyType::Rsa,
+            Self::MlDsa44Ed25519 { .. } => KeyType::MlDsa44Ed25519,
+        }
+    }
+
+    fn sign(&self, scheme: Scheme, data: &[u8]) -> Result<Signature, DeviceError> {
+        const FAILED: fn() -> DeviceError = || DeviceError::Failed("the signature could not be computed".into());
+        match (self, scheme) {
+            (Self::Ed25519 { pair, .. }, Scheme::Ed25519) => {
+                let signature = pair.try_sign(data).map_err(|_| FAILED())?;
+                Ok(Signature::Ed25519(signature.as_ref().try_into().map_err(|_| FAILED())?))
+            }
+            (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(wanted)) if *curve == wanted => {
+                let signature = pair.sign(&SystemRandom::new(), data).map_err(|_| FAILED())?;
+                Ok(Signature::Ecdsa(*curve, signature.as_ref().to_vec()))
+            }
+            (Self::Rsa(key), Scheme::RsaPkcs1v15(hash)) => {
+                let algorithm = match hash {
+                    Hash::Sha1 => &digest::SHA1_FOR_LEGACY_USE_ONLY,
+                    Hash::Sha256 => &digest::SHA256,
+                    Hash::Sha512 => &digest::SHA512,
+                };
+                let digest = digest::digest(algorithm, data);
+                Ok(Signature::Rsa(hash, key.sign_digest(hash, digest.as_ref()).ok_or_else(FAILED)?))
+            }
+            (Self::MlDsa44Ed25519 { mldsa, ed25519, .. }, Scheme::MlDsa44Ed25519) => {
+                let message = mldsa44_ed25519_message(data);
+                let mut both = mldsa.try_sign(&message, MLDSA44_ED25519_LABEL).map_err(|_| FAILED())?.to_vec();
+                both.extend_from_slice(ed25519.try_sign(&message).map_err(|_| FAILED())?.as_ref());
+                Ok(Signature::MlDsa44Ed25519(both))
+            }
+            _ => Err(DeviceError::Unsupported("the scheme is not one of this key type")),
+        }
+    }
+
+    /// The private values, from which [`Signer::from_secret`] makes the signer again.
+    fn secret(&self) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        Ok(match self {
+            Self::Ed25519 { seed, .. } => Zeroizing::new(seed.to_vec()),
+            // The scalar, then the point.
+            Self::Ecdsa { pair, scalar, .. } => {
+                let point = pair.public_key().as_ref();
+                let mut secret = Zeroizing::new(Vec::with_capacity(scalar.len() + point.len()));
+                secret.extend_from_slice(scalar);
+                secret.extend_from_slice(point);
+                secret
+            }
+            Self::Rsa(key) => {
+                key.to_der().ok_or_else(|| DeviceError::Failed("the RSA key could not be written".into()))?
+            }
+            Self::MlDsa44Ed25519 { seeds, .. } => Zeroizing::new(seeds.to_vec()),
+        })
+    }
+
+    fn from_secret(key_type: KeyType, secret: &[u8]) -> Result<Self, DeviceError> {
+        match key_type {
+            KeyType::Ed25519 => {
+                let bytes: &[u8; 32] = secret.try_into().map_err(|_| MISMATCH)?;
+                let pair = Ed25519KeyPair::from_seed_unchecked(secret).map_err(|_| MISMATCH)?;
+                Ok(Self::Ed25519 { pair, seed: Zeroizing::new(*bytes) })
+            }
+            KeyType::Ecdsa(curve) => {
+                let (scalar, point) = secret.split_at_checked(curve.scalar_len()).ok_or(MISMATCH)?;
+                Self::ecdsa(curve, scalar, point)
+            }
+            KeyType::Rsa => Ok(Self::Rsa(RsaKey::from_der(secret).ok_or(MISMATCH)?)),
+            KeyType::MlDsa44Ed25519 => Ok(Self::mldsa44_ed25519(secret)?.0),
+            KeyType::SkEd25519 | KeyType::SkEcdsa => Err(MISMATCH),
+        }
+    }
+}

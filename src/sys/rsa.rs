@@ -1,0 +1,171 @@
+//! RSA private keys on aws-lc's C interface. aws-lc-rs covers neither SHA-1 signatures nor keys below 2048 bits, and
+//! takes no key in the six integers that SSH sends; ssh needs all three.
+#![allow(unsafe_code)]
+
+use std::{fmt, ptr, ptr::NonNull, slice};
+
+use aws_lc_sys as lc;
+use zeroize::Zeroizing;
+
+use crate::devices::Hash;
+
+/// The six integers of an SSH RSA private key, as magnitudes.
+pub struct RsaIntegers<'a> {
+    /// Modulus.
+    pub n: &'a [u8],
+    /// Public exponent.
+    pub e: &'a [u8],
+    /// Private exponent.
+    pub d: &'a [u8],
+    /// Inverse of `q` modulo `p`.
+    pub iqmp: &'a [u8],
+    /// First prime.
+    pub p: &'a [u8],
+    /// Second prime.
+    pub q: &'a [u8],
+}
+
+/// An RSA private key, parsed and checked. Its memory is wiped by aws-lc when it is dropped.
+pub struct RsaKey(NonNull<lc::RSA>);
+
+// SAFETY: an RSA object has no thread affinity, and aws-lc documents that private-key operations on one object may run
+// on several threads at once (its blinding and Montgomery caches are locked inside). We never mutate it after creation.
+unsafe impl Send for RsaKey {}
+// SAFETY: as above.
+unsafe impl Sync for RsaKey {}
+
+impl Drop for RsaKey {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from aws-lc, is owned by us alone and is not used again.
+        unsafe { lc::RSA_free(self.0.as_ptr()) }
+    }
+}
+
+impl fmt::Debug for RsaKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RsaKey(…)")
+    }
+}
+
+/// A big number that is wiped when it is dropped.
+struct Bn(NonNull<lc::BIGNUM>);
+
+impl Bn {
+    fn new() -> Option<Self> {
+        // SAFETY: no preconditions; null is handled.
+        NonNull::new(unsafe { lc::BN_new() }).map(Self)
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        // SAFETY: pointer and length describe `bytes`; a null target makes aws-lc allocate.
+        NonNull::new(unsafe { lc::BN_bin2bn(bytes.as_ptr(), bytes.len(), ptr::null_mut()) }).map(Self)
+    }
+
+    /// `self mod (prime - 1)`: a CRT exponent.
+    fn modulo_minus_one(&self, prime: &Bn) -> Option<Self> {
+        let result = Bn::new()?;
+        // SAFETY: all pointers are live big numbers of ours; the copy and the context are freed below.
+        unsafe {
+            let less_one = Bn(NonNull::new(lc::BN_dup(prime.0.as_ptr()))?);
+            let ctx = NonNull::new(lc::BN_CTX_new())?;
+            let done = lc::BN_sub_word(less_one.0.as_ptr(), 1) == 1
+                && lc::BN_div(
+                    ptr::null_mut(),
+                    result.0.as_ptr(),
+                    self.0.as_ptr(),
+                    less_one.0.as_ptr(),
+                    ctx.as_ptr(),
+                ) == 1;
+            lc::BN_CTX_free(ctx.as_ptr());
+            done.then_some(result)
+        }
+    }
+}
+
+impl Drop for Bn {
+    fn drop(&mut self) {
+        // SAFETY: owned by us alone and not used again.
+        unsafe { lc::BN_clear_free(self.0.as_ptr()) }
+    }
+}
+
+impl RsaKey {
+    /// Builds a key from SSH's integers; `None` when they do not belong together.
+    pub fn from_integers(key: &RsaIntegers<'_>) -> Option<Self> {
+        // No private value is longer than the modulus: a bound on the work that a peer can ask for.
+        let bound = key.n.len();
+        if [key.d, key.iqmp, key.p, key.q].iter().any(|v| v.len() > bound || v.is_empty()) {
+            return None;
+        }
+        let [n, e, d, iqmp, p, q] = [key.n, key.e, key.d, key.iqmp, key.p, key.q].map(Bn::from_bytes);
+        let (n, e, d, iqmp, p, q) = (n?, e?, d?, iqmp?, p?, q?);
+        let (dmp1, dmq1) = (d.modulo_minus_one(&p)?, d.modulo_minus_one(&q)?);
+        // SAFETY: all eight are live big numbers, which aws-lc copies.
+        let rsa = NonNull::new(unsafe {
+            lc::RSA_new_private_key(
+                n.0.as_ptr(),
+                e.0.as_ptr(),
+                d.0.as_ptr(),
+                p.0.as_ptr(),
+                q.0.as_ptr(),
+                dmp1.0.as_ptr(),
+                dmq1.0.as_ptr(),
+                iqmp.0.as_ptr(),
+            )
+        })?;
+        Self(rsa).checked()
+    }
+
+    /// Reads what [`RsaKey::to_der`] wrote: an RSAPrivateKey of RFC 8017, A.1.2.
+    pub fn from_der(der: &[u8]) -> Option<Self> {
+        // SAFETY: pointer and length describe `der`.
+        let rsa = NonNull::new(unsafe { lc::RSA_private_key_from_bytes(der.as_ptr(), der.len()) })?;
+        Self(rsa).checked()
+    }
+
+    fn checked(self) -> Option<Self> {
+        // SAFETY: the key is live. The check leaves an error in aws-lc's per-thread queue, which nobody reads.
+        let good = unsafe { lc::RSA_check_key(self.0.as_ptr()) == 1 };
+        if !good {
+            // SAFETY: no preconditions.
+            unsafe { lc::ERR_clear_error() }
+        }
+        good.then_some(self)
+    }
+
+    /// The key as an RSAPrivateKey of RFC 8017, A.1.2.
+    pub fn to_der(&self) -> Option<Zeroizing<Vec<u8>>> {
+        let (mut out, mut len) = (ptr::null_mut(), 0);
+        // SAFETY: both out-pointers are valid; on success aws-lc hands over a buffer of `len` bytes, which
+        // OPENSSL_free wipes and frees.
+        unsafe {
+            if lc::RSA_private_key_to_bytes(&raw mut out, &raw mut len, self.0.as_ptr()) != 1 {
+                return None;
+            }
+            let der = Zeroizing::new(slice::from_raw_parts(out, len).to_vec());
+            lc::OPENSSL_free(out.cast());
+            Some(der)
+        }
+    }
+
+    /// RSASSA-PKCS1-v1_5 over a digest of `hash`'s length (RFC 8017, 8.2).
+    pub fn sign_digest(&self, hash: Hash, digest: &[u8]) -> Option<Vec<u8>> {
+        let nid = match hash {
+            Hash::Sha1 => lc::NID_sha1,
+            Hash::Sha256 => lc::NID_sha256,
+            Hash::Sha512 => lc::NID_sha512,
+        };
+        // SAFETY: the key is live.
+        let mut out = vec![0; unsafe { lc::RSA_size(self.0.as_ptr()) } as usize];
+        let mut len = 0;
+        // SAFETY: `digest` is described by pointer and length, `out` has RSA_size bytes as aws-lc requires, and the
+        // key is not changed by signing although the C signature takes it as mutable.
+        let done = unsafe {
+            lc::RSA_sign(nid, digest.as_ptr(), digest.len(), out.as_mut_ptr(), &raw mut len, self.0.as_ptr())
+        };
+        (done == 1).then(|| {
+            out.truncate(len as usize);
+            out
+        })
+    }
+}
