@@ -180,8 +180,7 @@ impl<'a> PublicKey<'a> {
             KeyType::Ecdsa(curve) => Self::Ecdsa(curve, ec_point(curve, r)?),
             KeyType::Rsa => {
                 let (e, n) = (r.mpint()?, r.mpint()?);
-                check_rsa(n, e)?;
-                Self::Rsa { e, n }
+                Self::rsa(n, e)?
             }
             KeyType::SkEd25519 => Self::SkEd25519(ed25519_point(r.string()?)?, r.string()?),
             KeyType::SkEcdsa => Self::SkEcdsa(ec_point(Curve::P256, r)?, r.string()?),
@@ -194,6 +193,12 @@ impl<'a> PublicKey<'a> {
                 Self::MlDsa44Ed25519(mldsa, ed25519)
             }
         })
+    }
+
+    /// An RSA key from its modulus and exponent, if they are ones that SSH uses.
+    pub fn rsa(n: &'a [u8], e: &'a [u8]) -> Result<Self, KeyError> {
+        check_rsa(n, e)?;
+        Ok(Self::Rsa { e, n })
     }
 
     /// The key's type.

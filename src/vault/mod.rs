@@ -1,4 +1,552 @@
-//! stub
+//! The vault: the only entrance to keys. Every use of a key goes through [`Vault::sign`]. Knows identities, policy and
+//! prompts; never a socket or a byte of the wire.
+
+pub mod destination;
 pub mod key;
+pub mod keyring;
+pub mod pattern;
 pub mod policy;
 pub mod purpose;
+pub mod seal;
+
+use std::{
+    future::Future,
+    path::Path,
+    pin::Pin,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::{Notify, Semaphore, watch},
+    time::{Instant, sleep, sleep_until, timeout_at},
+};
+use tracing::{debug, info, warn};
+use zeroize::Zeroizing;
+
+use crate::{
+    devices::{DeviceError, Hash, Scheme, Signature, compute::Compute, sk::SkKey, soft::SoftKey},
+    prompt::{PromptError, Prompter},
+    public_key::KeyType,
+    sys::{clock, peer},
+};
+use key::{Caller, Identity, PrivateKey};
+use keyring::{Full, Keyring, Listing};
+use policy::{Refusal, Rules};
+use seal::{Lock, SealKey};
+
+/// How long a signature may take when nobody has to be asked.
+const SIGN_DEADLINE: Duration = Duration::from_secs(30);
+/// How long it may take when a person has to confirm, touch or type a PIN.
+const HUMAN_DEADLINE: Duration = Duration::from_secs(60);
+/// A wrong unlock delays the next by this much more than the one before…
+const UNLOCK_DELAY: Duration = Duration::from_millis(100);
+/// …up to this.
+const UNLOCK_DELAY_MAX: Duration = Duration::from_secs(10);
+/// The expiry clock looks at least this often: timers stand still while the machine sleeps, lifetimes do not.
+const EXPIRY_TICK: Duration = Duration::from_secs(30);
+
+/// How the vault is set up. Everything in it can be replaced while it runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What policy decides by.
+    pub rules: Rules,
+    /// The lifetime of keys that come with none.
+    pub default_lifetime: Option<Duration>,
+    /// Which PKCS#11 and FIDO provider libraries may be loaded: OpenSSH's pattern list.
+    pub allowed_providers: String,
+    /// Whether a forwarded connection may name a provider.
+    pub allow_remote_providers: bool,
+}
+
+/// What a request becomes: most are answered where they were read, the others by a future. Dropping the future cancels.
+pub enum Answer<T> {
+    /// Here it is.
+    Now(T),
+    /// It waits for arithmetic, a device or a person.
+    Later(Pin<Box<dyn Future<Output = T> + Send>>),
+}
+
+/// A key to sign with, what to sign, and the flags of a sign request (RFC 9987, section 3.6).
+#[derive(Clone, Copy)]
+pub struct Signing<'a> {
+    /// The identity's blob.
+    pub blob: &'a [u8],
+    /// What is signed.
+    pub data: &'a [u8],
+    /// For RSA: the hash to use.
+    pub rsa_hash: Hash,
+}
+
+/// A key that somebody wants to add.
+pub struct Candidate<'a> {
+    /// The identity's blob.
+    pub blob: Vec<u8>,
+    /// The key's type.
+    pub key_type: KeyType,
+    /// Comment, without NUL.
+    pub comment: &'a [u8],
+    /// Seconds to live; `None` for the default.
+    pub lifetime: Option<u32>,
+    /// Ask before each use.
+    pub confirm: bool,
+    /// Where it may be used.
+    pub destinations: Box<[key::Destination]>,
+}
+
+/// All keys of one user, and the rules of their use.
+pub struct Vault {
+    state: RwLock<State>,
+    settings: RwLock<Arc<Settings>>,
+    compute: Arc<Compute>,
+    prompter: Prompter,
+    /// Counts the locks; whoever waits for a person watches it.
+    locks: watch::Sender<u64>,
+    /// Wakes the expiry clock when a lifetime begins.
+    lifetimes: Notify,
+    /// One unlock attempt at a time.
+    unlock_turn: Semaphore,
+}
+
+#[derive(Default)]
+struct State {
+    ring: Keyring,
+    seal: Seal,
+    failures: u32,
+    /// No unlock is tried before this.
+    next_unlock: Option<Instant>,
+}
+
+/// Whether the vault as a whole is locked by `ssh-add -x`.
+#[derive(Default)]
+enum Seal {
+    #[default]
+    Open,
+    /// A lock or unlock is at work; nothing else happens meanwhile.
+    Changing,
+    Sealed(Arc<Lock>),
+}
+
+impl Vault {
+    /// An empty vault.
+    pub fn new(settings: Settings, prompter: Prompter) -> Arc<Self> {
+        Arc::new(Self {
+            state: RwLock::default(),
+            settings: RwLock::new(Arc::new(settings)),
+            compute: Arc::new(Compute::new()),
+            prompter,
+            locks: watch::Sender::new(0),
+            lifetimes: Notify::new(),
+            unlock_turn: Semaphore::new(1),
+        })
+    }
+
+    /// The settings in force.
+    pub fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts other settings in force. Keys keep the constraints they came with.
+    pub fn configure(&self, settings: Settings) {
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The open keyring, for a change.
+    fn change<T>(&self, change: impl FnOnce(&mut Keyring) -> Result<T, Refusal>) -> Result<T, Refusal> {
+        let mut state = self.write();
+        match state.seal {
+            Seal::Open => {
+                log_expired(&state.ring.expire(clock::now()));
+                change(&mut state.ring)
+            }
+            _ => Err(Refusal::Locked),
+        }
+    }
+
+    fn find(&self, blob: &[u8]) -> Result<Arc<Identity>, Refusal> {
+        let state = self.read();
+        match state.seal {
+            Seal::Open => {}
+            _ => return Err(Refusal::Locked),
+        }
+        // The clock is read only where a lifetime runs.
+        let now = state.ring.next_expiry().map_or(Duration::ZERO, |_| clock::now());
+        state.ring.find(blob, now).cloned().ok_or(Refusal::NoSuchKey)
+    }
+
+    /// Signs, after policy has agreed and whoever must be asked has. The one path for the use of a key.
+    pub fn sign(self: &Arc<Self>, caller: &Arc<Caller>, signing: Signing<'_>) -> Answer<Result<Signature, Refusal>> {
+        let identity = match self.find(signing.blob) {
+            Ok(identity) => identity,
+            Err(refusal) => return Answer::Now(Err(refusal)),
+        };
+        let scheme = scheme_of(identity.key_type, signing.rsa_hash);
+        if let PrivateKey::Soft(key) = &identity.key
+            && identity.is_unconstrained()
+            && key.is_fast()
+        {
+            return Answer::Now(key.sign(scheme, signing.data).map_err(Refusal::from));
+        }
+        let caller = if identity.is_unconstrained() { Arc::clone(caller) } else { identified(caller) };
+        match policy::decide(&identity, &caller, signing.data, &self.settings().rules, unix_now()) {
+            Ok(verdict) => Answer::Later(Box::pin(Arc::clone(self).sign_later(
+                identity,
+                caller,
+                scheme,
+                signing.data.to_vec(),
+                verdict,
+            ))),
+            Err(refusal) => Answer::Now(Err(refusal)),
+        }
+    }
+
+    async fn sign_later(
+        self: Arc<Self>,
+        identity: Arc<Identity>,
+        caller: Arc<Caller>,
+        scheme: Scheme,
+        data: Vec<u8>,
+        verdict: policy::Verdict,
+    ) -> Result<Signature, Refusal> {
+        let human = verdict.confirm.is_some() || matches!(identity.key, PrivateKey::Sk(_));
+        let deadline = Instant::now() + if human { HUMAN_DEADLINE } else { SIGN_DEADLINE };
+        let mut locks = self.locks.subscribe();
+        let work = async {
+            if let Some(question) = &verdict.confirm {
+                self.prompter.confirm(caller.uid, question).await?;
+                // The key may have been removed, replaced or have expired while the question stood.
+                if !Arc::ptr_eq(&identity, &self.find(&identity.blob)?) {
+                    return Err(Refusal::NoSuchKey);
+                }
+            }
+            match &identity.key {
+                PrivateKey::Soft(key) => {
+                    let key = Arc::clone(key);
+                    Ok(self.compute.run(move || key.sign(scheme, &data)).await?)
+                }
+                PrivateKey::Sk(key) => self.sign_sk(&identity, key, &caller, &data, deadline).await,
+            }
+        };
+        tokio::select! {
+            result = timeout_at(deadline, work) => result.unwrap_or(Err(Refusal::Timeout)),
+            _ = locks.changed() => Err(Refusal::Locked),
+        }
+    }
+
+    /// Signs with an authenticator: a notice while it waits for a touch, a PIN when it asks for one, once.
+    async fn sign_sk(
+        &self,
+        identity: &Identity,
+        key: &SkKey,
+        caller: &Caller,
+        data: &[u8],
+        deadline: Instant,
+    ) -> Result<Signature, Refusal> {
+        let rules = &self.settings().rules;
+        let notice = || {
+            key.wants_touch()
+                .then(|| self.prompter.notice(caller.uid, &policy::touch_notice(identity, caller, data, rules)))
+                .flatten()
+        };
+        let shown = notice();
+        match key.sign(data, None, deadline).await {
+            Err(DeviceError::PinRequired) => {
+                drop(shown);
+                let question = policy::pin_prompt(identity, caller, data, rules, key.wants_touch());
+                let pin = self.prompter.pin(caller.uid, &question).await?;
+                let _shown = notice();
+                Ok(key.sign(data, Some(&pin), deadline).await?)
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// What this caller may see, in the order of addition. A locked vault shows nothing.
+    pub fn list(&self, caller: &Caller) -> Arc<Listing> {
+        let expired = self.read().ring.next_expiry().is_some_and(|at| at <= clock::now());
+        if expired {
+            log_expired(&self.write().ring.expire(clock::now()));
+        }
+        let state = self.read();
+        if !matches!(state.seal, Seal::Open) {
+            return Arc::default();
+        }
+        let all = state.ring.listing();
+        if !caller.bind_attempted {
+            // From here every key may be seen, wherever it may be used.
+            return Arc::clone(all);
+        }
+        let now = unix_now();
+        let seen = |identity: &&Arc<Identity>| policy::may_list(identity, caller, now);
+        if all.identities.iter().all(|identity| seen(&identity)) {
+            return Arc::clone(all);
+        }
+        Arc::new(Listing::of(all.identities.iter().filter(seen).cloned().collect()))
+    }
+
+    /// Adds a key, or replaces everything but the place of the one with the same blob.
+    pub fn add(&self, caller: &Caller, candidate: Candidate<'_>, key: PrivateKey) -> Result<(), Refusal> {
+        let lifetime =
+            candidate.lifetime.map(|s| Duration::from_secs(s.into())).or(self.settings().default_lifetime);
+        let identity = Arc::new(Identity {
+            key_type: candidate.key_type,
+            key,
+            comment: candidate.comment.into(),
+            constraints: key::Constraints {
+                expires: lifetime.map(|lifetime| clock::now() + lifetime),
+                confirm: candidate.confirm,
+                destinations: candidate.destinations,
+            },
+            blob: candidate.blob.into_boxed_slice(),
+        });
+        let now = unix_now();
+        self.change(|ring| {
+            if let Some(old) = ring.find(&identity.blob, Duration::ZERO)
+                && !policy::may_replace(old, caller, now)
+            {
+                return Err(Refusal::NotPermitted("the key is in the vault under constraints that do not let this connection change it".into()));
+            }
+            ring.insert(Arc::clone(&identity)).map_err(|Full| Refusal::Full)
+        })?;
+        self.lifetimes.notify_one();
+        info!(key = %identity.name(), "added");
+        Ok(())
+    }
+
+    /// Whether a soft key may be added at all now: asked before its parts are parsed.
+    pub fn check_open(&self) -> Result<(), Refusal> {
+        match self.read().seal {
+            Seal::Open => Ok(()),
+            _ => Err(Refusal::Locked),
+        }
+    }
+
+    /// Whether a provider library may be loaded for this caller; returns its real path.
+    pub fn approve_provider(&self, caller: &Caller, provider: &str) -> Result<String, Refusal> {
+        let settings = self.settings();
+        if caller.bind_attempted && !settings.allow_remote_providers {
+            return Err(Refusal::NotForForwarded);
+        }
+        let real = Path::new(provider)
+            .canonicalize()
+            .map_err(|e| Refusal::Provider(format!("{}: {e}", policy::harmless(provider.as_bytes()))))?;
+        let real = real.to_str().ok_or_else(|| Refusal::Provider("its path is not UTF-8".into()))?;
+        if !policy::provider_allowed(real, &settings.allowed_providers) {
+            return Err(Refusal::Provider(format!(
+                "{} is outside the allowed paths ({}); `ssh-agent -P` or `allowed_providers` names others",
+                policy::harmless(real.as_bytes()),
+                settings.allowed_providers
+            )));
+        }
+        Ok(real.to_owned())
+    }
+
+    /// Removes one identity.
+    pub fn remove(&self, caller: &Caller, blob: &[u8]) -> Result<(), Refusal> {
+        let now = unix_now();
+        let removed = self.change(|ring| {
+            let identity = ring.find(blob, Duration::ZERO).ok_or(Refusal::NoSuchKey)?;
+            if !policy::may_remove(identity, caller, now) {
+                return Err(Refusal::NoSuchKey);
+            }
+            ring.remove(blob).ok_or(Refusal::NoSuchKey)
+        })?;
+        info!(key = %removed.name(), "removed");
+        Ok(())
+    }
+
+    /// Removes all identities, whatever their constraints.
+    pub fn remove_all(&self) -> Result<(), Refusal> {
+        let count = self.change(|ring| Ok(ring.clear()))?;
+        info!(count, "removed all keys");
+        Ok(())
+    }
+
+    /// Removes all identities even while locked: what SIGUSR1 asks for.
+    pub fn wipe(&self) {
+        let count = self.write().ring.clear();
+        info!(count, "removed all keys");
+    }
+
+    /// Locks: from the first moment nothing is signed and open prompts close; when it returns, no plaintext key is in
+    /// memory.
+    pub async fn lock(self: Arc<Self>, caller: Arc<Caller>, password: Zeroizing<Vec<u8>>) -> Result<(), Refusal> {
+        if !policy::may_lock(&caller) {
+            return Err(Refusal::NotForForwarded);
+        }
+        if password.is_empty() {
+            return Err(Refusal::EmptyPassword);
+        }
+        {
+            let mut state = self.write();
+            if !matches!(state.seal, Seal::Open) {
+                return Err(Refusal::Locked);
+            }
+            state.seal = Seal::Changing;
+        }
+        self.locks.send_modify(|count| *count += 1);
+        // A task of its own: a caller that hangs up does not leave the vault half locked.
+        let done = tokio::task::spawn_blocking(move || {
+            let sealed = Lock::new(&password).and_then(|(lock, key)| self.seal_all(key).map(|()| lock));
+            let mut state = self.write();
+            match sealed {
+                Ok(lock) => {
+                    state.seal = Seal::Sealed(Arc::new(lock));
+                    state.failures = 0;
+                    info!("locked");
+                    Ok(())
+                }
+                Err(e) => {
+                    // What is sealed already cannot be opened again: it is removed rather than kept for nothing.
+                    warn!("locking failed, all keys are removed: {e}");
+                    state.ring.clear();
+                    state.seal = Seal::Open;
+                    Err(Refusal::from(e))
+                }
+            }
+        });
+        done.await.unwrap_or(Err(Refusal::Locked))
+    }
+
+    fn identities(&self) -> Vec<Arc<Identity>> {
+        self.read().ring.iter().cloned().collect()
+    }
+
+    fn seal_all(&self, mut key: SealKey) -> Result<(), DeviceError> {
+        let mut seal = |secret: &[u8]| key.seal(secret);
+        for identity in self.identities() {
+            match &identity.key {
+                PrivateKey::Soft(soft) => soft.seal(&mut seal)?,
+                PrivateKey::Sk(sk) => sk.seal(&mut seal)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Unlocks. Attempts take turns, and a wrong one makes itself and the next wait; nothing else does.
+    pub async fn unlock(self: Arc<Self>, caller: Arc<Caller>, password: Zeroizing<Vec<u8>>) -> Result<(), Refusal> {
+        if !policy::may_lock(&caller) {
+            return Err(Refusal::NotForForwarded);
+        }
+        let _turn = self.unlock_turn.acquire().await.map_err(|_| Refusal::Locked)?;
+        // The delay is the vault's, not the caller's: hanging up does not shorten it.
+        let next_unlock = self.read().next_unlock;
+        if let Some(at) = next_unlock {
+            sleep_until(at).await;
+        }
+        let vault = Arc::clone(&self);
+        let opened = tokio::task::spawn_blocking(move || vault.try_unlock(&password));
+        match opened.await.unwrap_or(Err(Refusal::Locked)) {
+            Err(Refusal::WrongPassword) => {
+                let at = self.read().next_unlock;
+                if let Some(at) = at {
+                    sleep_until(at).await;
+                }
+                Err(Refusal::WrongPassword)
+            }
+            result => result,
+        }
+    }
+
+    fn try_unlock(&self, password: &[u8]) -> Result<(), Refusal> {
+        let lock = match &self.read().seal {
+            Seal::Sealed(lock) => Arc::clone(lock),
+            _ => return Err(Refusal::NotLocked),
+        };
+        let Some(key) = lock.open(password)? else {
+            let mut state = self.write();
+            state.failures = state.failures.saturating_add(1);
+            let delay = UNLOCK_DELAY.saturating_mul(state.failures).min(UNLOCK_DELAY_MAX);
+            state.next_unlock = Some(Instant::now() + delay);
+            warn!(failures = state.failures, "a wrong unlock password");
+            return Err(Refusal::WrongPassword);
+        };
+        self.write().seal = Seal::Changing;
+        for identity in self.identities() {
+            let mut open = |sealed: &[u8]| key.open(sealed);
+            let opened = match &identity.key {
+                PrivateKey::Soft(soft) => soft.unseal(&mut open),
+                PrivateKey::Sk(sk) => sk.unseal(&mut open),
+            };
+            if let Err(e) = opened {
+                warn!(key = %identity.name(), "the key did not survive the lock and is removed: {e}");
+                self.write().ring.remove(&identity.blob);
+            }
+        }
+        let mut state = self.write();
+        state.seal = Seal::Open;
+        state.failures = 0;
+        state.next_unlock = None;
+        info!("unlocked");
+        Ok(())
+    }
+
+    /// Removes keys when their time has come, locked or not. Never returns.
+    pub async fn expire(&self) {
+        loop {
+            let next = {
+                let mut state = self.write();
+                log_expired(&state.ring.expire(clock::now()));
+                state.ring.next_expiry()
+            };
+            let wait = next.map(|at| at.saturating_sub(clock::now()).min(EXPIRY_TICK));
+            tokio::select! {
+                () = async { match wait { Some(wait) => sleep(wait).await, None => std::future::pending().await } } => {}
+                () = self.lifetimes.notified() => {}
+            }
+        }
+    }
+}
+
+/// The caller with its program's name, for a question to a person.
+fn identified(caller: &Arc<Caller>) -> Arc<Caller> {
+    match (&caller.program, caller.pid) {
+        (None, Some(pid)) => Arc::new(Caller { program: peer::program(pid), ..Caller::clone(caller) }),
+        _ => Arc::clone(caller),
+    }
+}
+
+fn scheme_of(key_type: KeyType, rsa_hash: Hash) -> Scheme {
+    match key_type {
+        KeyType::Ed25519 => Scheme::Ed25519,
+        KeyType::Ecdsa(curve) => Scheme::Ecdsa(curve),
+        KeyType::Rsa => Scheme::RsaPkcs1v15(rsa_hash),
+        KeyType::MlDsa44Ed25519 => Scheme::MlDsa44Ed25519,
+        KeyType::SkEd25519 | KeyType::SkEcdsa => Scheme::Sk,
+    }
+}
+
+/// Seconds since 1970, for the validity of certificates.
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn log_expired(identities: &[Arc<Identity>]) {
+    for identity in identities {
+        debug!(key = %identity.name(), "expired");
+    }
+}
+
+/// Makes a soft key of its parts.
+pub fn soft_key(parts: &crate::devices::soft::SoftParts<'_>) -> Result<PrivateKey, Refusal> {
+    Ok(PrivateKey::Soft(Arc::new(SoftKey::new(parts)?)))
+}
+
+impl From<PromptError> for Refusal {
+    fn from(error: PromptError) -> Self {
+        match error {
+            PromptError::Denied => Self::Denied,
+            PromptError::TimedOut => Self::Timeout,
+            PromptError::TooMany => Self::TooManyPrompts,
+            PromptError::Unavailable(why) => Self::NoPrompt(why.to_string()),
+        }
+    }
+}

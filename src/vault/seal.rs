@@ -1,0 +1,108 @@
+//! The key that seals the vault while it is locked: made from the lock password, kept nowhere. Knows no identities.
+
+use argon2::{Algorithm, Argon2, Params, Version};
+use aws_lc_rs::{
+    aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
+    rand,
+};
+use zeroize::Zeroizing;
+
+use crate::devices::DeviceError;
+
+/// Argon2id's cost. Sized to about 50 ms on one core of 2023: a locked vault's memory is worth guessing at offline.
+const MEMORY_KIB: u32 = 24 * 1024;
+const PASSES: u32 = 2;
+
+/// Made anew for each lock, so counted nonces never meet the same key twice.
+pub struct SealKey {
+    key: LessSafeKey,
+    sealed: u64,
+}
+
+/// What is kept while the vault is locked: enough to tell the right password.
+pub struct Lock {
+    salt: [u8; 16],
+    proof: Box<[u8]>,
+}
+
+/// What the proof seals. Its secret is the key, not the words.
+const PROOF: &[u8] = b"strongroom lock";
+
+impl SealKey {
+    /// Derives a key from a password; takes some 50 ms and 24 MiB, so never where something else waits.
+    fn derive(password: &[u8], salt: &[u8; 16]) -> Result<Self, DeviceError> {
+        let failed = |_| DeviceError::Failed("the lock password could not be made into a key".into());
+        let params = Params::new(MEMORY_KIB, PASSES, 1, Some(32)).map_err(failed)?;
+        let mut key = Zeroizing::new([0; 32]);
+        Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
+            .hash_password_into(password, salt, &mut *key)
+            .map_err(failed)?;
+        let key = UnboundKey::new(&CHACHA20_POLY1305, &*key)
+            .map_err(|_| DeviceError::Failed("the sealing key was refused".into()))?;
+        Ok(Self { key: LessSafeKey::new(key), sealed: 0 })
+    }
+
+    /// Seals a secret: the nonce, then ciphertext and tag.
+    pub fn seal(&mut self, secret: &[u8]) -> Result<Box<[u8]>, DeviceError> {
+        let mut nonce = [0; NONCE_LEN];
+        nonce[4..].copy_from_slice(&self.sealed.to_be_bytes());
+        self.sealed += 1;
+        let mut text = Zeroizing::new(secret.to_vec());
+        let tag = self
+            .key
+            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut text)
+            .map_err(|_| DeviceError::Failed("the key could not be sealed".into()))?;
+        Ok([&nonce[..], &text, tag.as_ref()].concat().into_boxed_slice())
+    }
+
+    /// Undoes [`SealKey::seal`].
+    pub fn open(&self, sealed: &[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        let damaged = || DeviceError::Failed("a sealed key does not open".into());
+        let (nonce, text) = sealed.split_first_chunk::<NONCE_LEN>().ok_or_else(damaged)?;
+        let mut text = Zeroizing::new(text.to_vec());
+        let len = self
+            .key
+            .open_in_place(Nonce::assume_unique_for_key(*nonce), Aad::empty(), &mut text)
+            .map_err(|_| damaged())?
+            .len();
+        text.truncate(len);
+        Ok(text)
+    }
+}
+
+impl Lock {
+    /// A new lock and the key to seal with. Blocks as [`SealKey`] does.
+    pub fn new(password: &[u8]) -> Result<(Self, SealKey), DeviceError> {
+        let mut salt = [0; 16];
+        rand::fill(&mut salt).map_err(|_| DeviceError::Failed("the system gives no random numbers".into()))?;
+        let mut key = SealKey::derive(password, &salt)?;
+        let proof = key.seal(PROOF)?;
+        Ok((Self { salt, proof }, key))
+    }
+
+    /// The key again, when the password is the right one. Blocks as [`SealKey`] does.
+    pub fn open(&self, password: &[u8]) -> Result<Option<SealKey>, DeviceError> {
+        let key = SealKey::derive(password, &self.salt)?;
+        Ok(key.open(&self.proof).is_ok().then_some(key))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_password_opens_what_it_sealed() {
+        let (lock, mut key) = Lock::new(b"right").unwrap();
+        let (one, two) = (key.seal(b"one").unwrap(), key.seal(b"one").unwrap());
+        assert_ne!(one, two);
+        assert!(lock.open(b"wrong").unwrap().is_none());
+        let again = lock.open(b"right").unwrap().unwrap();
+        assert_eq!(**again.open(&one).unwrap(), *b"one");
+        let mut damaged = two;
+        *damaged.last_mut().unwrap() ^= 1;
+        assert!(again.open(&damaged).is_err());
+        assert!(again.open(&[]).is_err());
+    }
+}
