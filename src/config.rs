@@ -670,6 +670,16 @@ mod tests {
     }
 
     #[test]
+    fn the_readme_shows_valid_settings() {
+        let readme = include_str!("../README.md");
+        let blocks: Vec<_> = readme.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+        assert!(!blocks.is_empty());
+        for block in blocks {
+            parse(block).unwrap();
+        }
+    }
+
+    #[test]
     fn a_door_takes_every_setting() {
         let key = "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU";
         let config = parse(&format!(
