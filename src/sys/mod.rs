@@ -1,3 +1,4 @@
 //! What the system needs: the clock, process hygiene, descriptors, foreign arithmetic. The only place with `unsafe`.
 
 pub mod clock;
+pub mod process;
