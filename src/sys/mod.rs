@@ -1,4 +1,6 @@
 //! What the system needs: the clock, process hygiene, descriptors, foreign arithmetic. The only place with `unsafe`.
 
 pub mod clock;
+pub mod peer;
+pub mod process;
 pub mod rsa;
