@@ -1,0 +1,267 @@
+//! Security keys through OpenSSH's real `ssh-sk-helper`, with the software authenticator of its test suite, and through
+//! helpers that are shell scripts: they hang, lie and fail.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use secrecy::SecretString;
+use strongroom::{
+    devices::{DeviceError, Signature, sk::SkKey},
+    public_key::{KeyType, PublicKey},
+};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    net::unix::pipe,
+    time::{Instant, timeout},
+};
+use zeroize::Zeroizing;
+
+const HELPER: &str = "/usr/lib/openssh/ssh-sk-helper";
+const PROVIDER: &str = "/usr/lib/openssh/regress/misc/sk-dummy/sk-dummy.so";
+const DATA: &[u8] = b"what is signed";
+
+fn present(path: &str, package: &str) -> String {
+    assert!(Path::new(path).exists(), "{path} is missing: apt-get install {package}");
+    path.to_owned()
+}
+
+/// Makes a key of `kind` in the software authenticator with ssh-keygen, and returns what its file says.
+fn new_key(kind: &str) -> SkKey {
+    let provider = present(PROVIDER, "openssh-tests");
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("key");
+    let made = Command::new("ssh-keygen")
+        .args(["-q", "-t", kind, "-w", &provider, "-N", "", "-f"])
+        .arg(&file)
+        .env("SSH_SK_HELPER", present(HELPER, "openssh-client"))
+        .stdin(Stdio::null())
+        .output()
+        .expect("ssh-keygen starts: apt-get install openssh-client");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let private = ssh_key::PrivateKey::from_openssh(fs::read(&file).unwrap()).unwrap();
+    let blob = private.public_key().to_bytes().unwrap();
+    let (flags, handle) = match private.key_data() {
+        ssh_key::private::KeypairData::SkEd25519(key) => (key.flags(), key.key_handle()),
+        ssh_key::private::KeypairData::SkEcdsaSha2NistP256(key) => (key.flags(), key.key_handle()),
+        _ => panic!("ssh-keygen made another kind of key"),
+    };
+    let public = PublicKey::parse(&blob).unwrap();
+    let handle = Zeroizing::new(handle.to_vec());
+    SkKey::new(&public, b"ssh:", flags, handle, b"", provider).unwrap().with_helper(HELPER)
+}
+
+/// A directory with one helper in it and what that leaves there.
+struct Bench(TempDir);
+
+impl Bench {
+    /// A helper with this body, which first reads the request into `$here/request`.
+    fn with_helper(body: &str) -> Self {
+        let bench = Self(TempDir::new().unwrap());
+        // A shell writes the file: were it open for writing here, a child that another test starts at this moment
+        // would inherit it, and running it would fail with ETXTBSY.
+        let mut shell = Command::new("sh")
+            .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
+            .arg(bench.helper())
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let script = format!(
+            "#!/bin/sh\nhere={}\ndd bs=65536 count=1 of=\"$here/request\" 2>/dev/null\n{body}\n",
+            bench.0.path().display()
+        );
+        shell.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+        assert!(shell.wait().unwrap().success());
+        bench
+    }
+
+    fn helper(&self) -> PathBuf {
+        self.0.path().join("helper")
+    }
+
+    /// A FIFO that the helper holds open: a line says that it has started, the end that it is gone.
+    fn life(&self) -> BufReader<pipe::Receiver> {
+        let fifo = self.0.path().join("life");
+        assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        BufReader::new(pipe::OpenOptions::new().open_receiver(fifo).unwrap())
+    }
+}
+
+/// A helper that says it is up and hangs, as one process.
+const HANG: &str = "exec 3>\"$here/life\"; echo up >&3; exec sleep 1000";
+
+/// A key that only scripts are asked to sign with.
+fn paper_key(bench: &Bench) -> SkKey {
+    let public = PublicKey::SkEd25519(&[7; 32], b"ssh:");
+    SkKey::new(&public, b"ssh:", 0x01, Zeroizing::new(b"handle".to_vec()), b"", "internal".into())
+        .unwrap()
+        .with_helper(bench.helper())
+}
+
+fn in_time() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+fn pin() -> SecretString {
+    SecretString::from("1234".to_owned())
+}
+
+async fn started(life: &mut BufReader<pipe::Receiver>) {
+    let mut line = String::new();
+    timeout(Duration::from_secs(20), life.read_line(&mut line)).await.unwrap().unwrap();
+    assert_eq!(line, "up\n");
+}
+
+async fn gone(mut life: BufReader<pipe::Receiver>) {
+    timeout(Duration::from_secs(20), life.read_to_end(&mut Vec::new())).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn the_real_helper_signs_with_both_kinds_of_key() {
+    for (kind, key_type) in [("ed25519-sk", KeyType::SkEd25519), ("ecdsa-sk", KeyType::SkEcdsa)] {
+        let key = new_key(kind);
+        assert_eq!((key.key_type(), key.application()), (key_type, &b"ssh:"[..]));
+        assert!(key.wants_touch() && !key.needs_pin());
+        for data in [DATA, b"", &[7; 100_000]] {
+            for pin in [None, Some(&pin())] {
+                let Signature::Sk(signature) = key.sign(data, pin, in_time()).await.unwrap() else {
+                    panic!("not an authenticator's signature")
+                };
+                let public = PublicKey::parse(key.public_blob()).unwrap();
+                assert_eq!(public.verify(data, &signature), Ok(key_type.name().as_bytes()));
+                assert!(public.verify(b"something else", &signature).is_err());
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_key_signs_again_after_it_was_sealed() {
+    let key = new_key("ed25519-sk");
+    let flip = |bytes: &[u8]| bytes.iter().map(|b| !b).collect::<Vec<u8>>();
+    key.seal(&mut |bytes| Ok(flip(bytes).into())).unwrap();
+    assert_eq!(key.sign(DATA, None, in_time()).await, Err(DeviceError::Sealed));
+    key.unseal(&mut |bytes| Ok(flip(bytes).into())).unwrap();
+    assert!(key.sign(DATA, None, in_time()).await.is_ok());
+}
+
+#[tokio::test]
+async fn one_key_signs_one_after_the_other() {
+    let key = new_key("ed25519-sk");
+    let (a, b, c) =
+        tokio::join!(key.sign(DATA, None, in_time()), key.sign(DATA, None, in_time()), key.sign(DATA, None, in_time()));
+    assert!(a.is_ok() && b.is_ok() && c.is_ok());
+}
+
+#[tokio::test]
+async fn a_foreign_key_handle_is_refused_by_the_real_helper() {
+    let public = PublicKey::SkEd25519(&[7; 32], b"ssh:");
+    let provider = present(PROVIDER, "openssh-tests");
+    let key = SkKey::new(&public, b"ssh:", 1, Zeroizing::new(b"foreign".to_vec()), b"", provider).unwrap();
+    let error = key.with_helper(present(HELPER, "openssh-client")).sign(DATA, None, in_time()).await.unwrap_err();
+    assert!(matches!(&error, DeviceError::Failed(words) if words.contains("try again")), "{error}");
+}
+
+#[tokio::test]
+async fn a_signature_by_another_key_is_not_passed_on() {
+    let key = new_key("ed25519-sk");
+    let bench = Bench::with_helper(&format!("sed 's/\\(what is \\)signed/\\1forged/' <\"$here/request\" | {HELPER}"));
+    let error = key.with_helper(bench.helper()).sign(DATA, None, in_time()).await.unwrap_err();
+    assert!(matches!(&error, DeviceError::Failed(words) if words.contains("verify")), "{error}");
+}
+
+#[tokio::test]
+async fn the_pin_reaches_the_helper_and_its_refusal_is_told_apart() {
+    let key = new_key("ed25519-sk");
+    let refuse = r"printf '\0\0\0\011\005\0\0\0\0\0\0\0\053'";
+    let asks =
+        Bench::with_helper(&format!("grep -qa 1234 \"$here/request\" && exec {HELPER} <\"$here/request\"\n{refuse}"));
+    let key = key.with_helper(asks.helper());
+    assert_eq!(key.sign(DATA, None, in_time()).await, Err(DeviceError::PinRequired));
+    assert!(key.sign(DATA, Some(&pin()), in_time()).await.is_ok());
+    let refuses = Bench::with_helper(refuse);
+    let key = key.with_helper(refuses.helper());
+    assert_eq!(key.sign(DATA, Some(&pin()), in_time()).await, Err(DeviceError::PinWrong));
+}
+
+#[tokio::test]
+async fn the_helpers_errors_have_their_names() {
+    for (code, expected) in
+        [(r"\074", DeviceError::Absent), (r"\073", DeviceError::Unsupported("the authenticator does not support it"))]
+    {
+        let bench = Bench::with_helper(&format!(r"printf '\0\0\0\011\005\0\0\0\0\0\0\0{code}'"));
+        assert_eq!(paper_key(&bench).sign(DATA, None, in_time()).await, Err(expected));
+    }
+}
+
+#[tokio::test]
+async fn nonsense_from_the_helper_is_an_error() {
+    for (body, words) in [
+        ("exit 1", "without an answer"),
+        (r"printf '\0\0\0\011\005'", "without an answer"),
+        (r"printf '\377\377\377\377'; exec cat /dev/zero", "too long"),
+        (r"printf '\0\0\0\0'", "no sense"),
+        (r"printf '\0\0\0\011\004\0\0\0\0\0\0\0\053'", "no sense"),
+        (r"printf '\0\0\0\011\005\0\0\0\007\0\0\0\053'", "no sense"),
+        (r"printf '\0\0\0\012\005\0\0\0\0\0\0\0\053x'", "no sense"),
+        (r"printf '\0\0\0\011\005\0\0\0\001\0\0\0\0'", "verify"),
+        (r"printf '\0\0\0\011\005\0\0\0\001\377\377\377\377'", "no sense"),
+    ] {
+        let bench = Bench::with_helper(body);
+        let error = paper_key(&bench).sign(DATA, None, in_time()).await.unwrap_err();
+        assert!(matches!(&error, DeviceError::Failed(text) if text.contains(words)), "{body}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn a_missing_helper_is_named_with_the_remedy() {
+    let bench = Bench::with_helper("");
+    let error = paper_key(&bench).with_helper("/nowhere/helper").sign(DATA, None, in_time()).await.unwrap_err();
+    assert!(error.to_string().contains("/nowhere/helper") && error.to_string().contains("SSH_SK_HELPER"), "{error}");
+}
+
+#[tokio::test]
+async fn a_helper_that_hangs_ends_at_the_deadline() {
+    let bench = Bench::with_helper(HANG);
+    let life = bench.life();
+    let deadline = Instant::now() + Duration::from_millis(300);
+    assert_eq!(paper_key(&bench).sign(DATA, None, deadline).await, Err(DeviceError::Timeout));
+    gone(life).await;
+}
+
+#[tokio::test]
+async fn who_stops_waiting_ends_the_helper() {
+    let bench = Bench::with_helper(HANG);
+    let mut life = bench.life();
+    let key = paper_key(&bench);
+    let signature = tokio::spawn(async move { key.sign(DATA, None, in_time()).await });
+    started(&mut life).await;
+    signature.abort();
+    gone(life).await;
+}
+
+#[tokio::test]
+async fn a_key_whose_authenticator_hangs_delays_no_other_key() {
+    let bench = Bench::with_helper(HANG);
+    let mut life = bench.life();
+    let stuck = paper_key(&bench);
+    let signature = tokio::spawn(async move {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // The second waits behind the first, and says so at its own deadline.
+        let soon = Instant::now() + Duration::from_millis(300);
+        tokio::select! {
+            _ = stuck.sign(DATA, None, deadline) => panic!("a hanging helper does not answer"),
+            second = stuck.sign(DATA, None, soon) => second,
+        }
+    });
+    started(&mut life).await;
+    assert!(new_key("ed25519-sk").sign(DATA, None, in_time()).await.is_ok());
+    assert_eq!(signature.await.unwrap(), Err(DeviceError::Timeout));
+    gone(life).await;
+}
