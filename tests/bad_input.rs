@@ -362,7 +362,7 @@ fn ten_thousand_connections_at_once() {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
     let room = limit.maximum.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
-    let count = 10_000.min(room - 1000);
+    let count = 10_000.min(room.saturating_sub(500));
 
     let mut agent = Agent::start();
     let before = agent.resident();
