@@ -286,9 +286,7 @@ impl<'a> PublicKey<'a> {
                 lc_verify(&lc::ECDSA_P256_SHA256_FIXED, point, &signed, &ecdsa_fixed(Curve::P256, body)?)?;
             }
             Self::MlDsa44Ed25519(mldsa, ed25519) => {
-                let (ml_sig, ed_sig) = body
-                    .split_first_chunk::<MLDSA44_SIGNATURE>()
-                    .ok_or(KeyError::BadSignature)?;
+                let (ml_sig, ed_sig) = body.split_first_chunk::<MLDSA44_SIGNATURE>().ok_or(KeyError::BadSignature)?;
                 let message = mldsa44_ed25519_message(data);
                 let key = <[u8; MLDSA44_PUBLIC]>::try_from(*mldsa).map_err(|_| KeyError::BadSignature)?;
                 let key = fips204::ml_dsa_44::PublicKey::try_from_bytes(key).map_err(|_| KeyError::BadSignature)?;
