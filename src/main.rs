@@ -1,9 +1,8 @@
 //! Which program this is: `ssh-agent` by name or by first argument, `strongroom` otherwise.
 
-use std::path::Path;
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
-use strongroom::ssh_agent;
+use strongroom::{cli, ssh_agent};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().peekable();
@@ -12,5 +11,5 @@ fn main() -> ExitCode {
     if drop_in || args.next_if(|first| first == "ssh-agent").is_some() {
         return ssh_agent::main(args);
     }
-    ExitCode::FAILURE
+    cli::main(std::env::args_os())
 }
