@@ -1,77 +1,106 @@
-//! Builds the vault, listens, and serves until a signal: what `strongroom agent` and the drop-in have in common.
+//! stub
 #![allow(missing_docs)]
-
-use std::io;
-use std::os::unix::net::UnixListener;
-use std::time::Duration;
-
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use crate::{
+    agent::{door::Door, session},
+    config::Config,
+    prompt::{self, Prompter},
+    public_key::FingerprintHash,
+    vault::{Settings, Vault, policy::Rules},
+};
+use std::{io, os::unix::net::UnixListener, sync::Arc, time::Duration};
 use tokio::signal::unix::{SignalKind, signal};
 
 pub struct AgentOptions {
     pub default_lifetime: Option<Duration>,
-    pub fingerprint_hash: crate::public_key::FingerprintHash,
+    pub fingerprint_hash: FingerprintHash,
     pub allowed_providers: String,
     pub allow_remote_pkcs11: bool,
     pub restrict_websafe: bool,
     pub websafe_allow: Option<String>,
 }
-
 pub struct Foreground {
     pub interactive: bool,
     pub debug: bool,
     pub parent: Option<i32>,
 }
-
 pub enum Ended {
     Terminated,
     HungUp,
     Interrupted,
     ParentGone,
 }
-
-/// Serves until told to end.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    #[error("stub")]
+    Stub,
+}
+pub fn run_agent(_c: Config) -> Result<(), DaemonError> {
+    Err(DaemonError::Stub)
+}
 pub fn serve_ssh_agent(
     listener: UnixListener,
-    _options: AgentOptions,
-    foreground: Foreground,
+    o: AgentOptions,
+    f: Foreground,
     ready: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<Ended> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async move {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut hang_up = signal(SignalKind::hangup())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let parent_gone = async {
-            match foreground.parent {
-                Some(pid) => crate::sys::process::parent_gone(pid).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::pin!(parent_gone);
+    let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    if f.interactive {
+        tracing_subscriber::fmt()
+            .with_writer(io::stderr)
+            .with_max_level(if f.debug { tracing::Level::DEBUG } else { tracing::Level::INFO })
+            .init();
+    }
+    rt.block_on(async move {
         listener.set_nonblocking(true)?;
-        let listener = tokio::net::UnixListener::from_std(listener)?;
-        ready()?;
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => return Ok(Ended::Terminated),
-                _ = hang_up.recv() => return Ok(Ended::HungUp),
-                _ = interrupt.recv() => if foreground.interactive { return Ok(Ended::Interrupted) },
-                gone = &mut parent_gone => return gone.map(|()| Ended::ParentGone),
-                accepted = listener.accept() => {
-                    if let Ok((stream, _)) = accepted {
-                        tokio::spawn(answer(stream));
+        let l = tokio::net::UnixListener::from_std(listener)?;
+        let v = Vault::new(
+            Settings {
+                rules: Rules {
+                    restrict_websafe: o.restrict_websafe,
+                    websafe_allow: o.websafe_allow,
+                    fingerprint_hash: o.fingerprint_hash,
+                },
+                default_lifetime: o.default_lifetime,
+                allowed_providers: o.allowed_providers,
+                allow_remote_providers: o.allow_remote_pkcs11,
+            },
+            Prompter::new(prompt::Settings::default()),
+        );
+        let (mut t, mut h, mut i, mut u) = (
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::user_defined1())?,
+        );
+        let v2 = v.clone();
+        tokio::spawn(async move { v2.expire().await });
+        let v3 = v.clone();
+        tokio::spawn(async move {
+            let door = Arc::new(Door::ssh_agent());
+            loop {
+                if let Ok((s, _)) = l.accept().await {
+                    if let Some(c) = s.peer_cred().ok().and_then(|c| door.admit(c)) {
+                        tokio::spawn(session::serve(s, v3.clone(), door.clone(), c));
                     }
                 }
             }
+        });
+        ready()?;
+        let parent = async {
+            match f.parent {
+                Some(p) => {
+                    let _ = crate::sys::process::parent_gone(p).await;
+                }
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(parent);
+        loop {
+            tokio::select! {
+                _ = t.recv() => return Ok(Ended::Terminated), _ = h.recv() => return Ok(Ended::HungUp),
+                _ = i.recv() => if f.interactive { return Ok(Ended::Interrupted) }, _ = u.recv() => v.wipe(),
+                () = &mut parent => return Ok(Ended::ParentGone),
+            }
         }
     })
-}
-
-async fn answer(mut stream: tokio::net::UnixStream) -> io::Result<()> {
-    loop {
-        let mut body = vec![0; stream.read_u32().await?.min(1 << 18) as usize];
-        stream.read_exact(&mut body).await?;
-        let reply: &[u8] = if body.first() == Some(&11) { &[0, 0, 0, 5, 12, 0, 0, 0, 0] } else { &[0, 0, 0, 1, 5] };
-        stream.write_all(reply).await?;
-    }
 }

@@ -58,8 +58,9 @@ impl Backlog {
         if n == 0 {
             return;
         }
-        let left = self.0.len().saturating_sub(n);
-        self.0.copy_within(self.0.len() - left.., 0);
+        let n = n.min(self.0.len());
+        let left = self.0.len() - n;
+        self.0.copy_within(n.., 0);
         self.0[left..].zeroize();
         self.0.truncate(left);
         if left == 0 {

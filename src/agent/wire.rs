@@ -177,16 +177,8 @@ impl<'a> Request<'a> {
             ADD_CONSTRAINED, ADD_IDENTITY, ADD_SMARTCARD, ADD_SMARTCARD_CONSTRAINED, LOCK, REMOVE_SMARTCARD, UNLOCK,
         };
         body.first().is_some_and(|n| {
-            [
-                ADD_IDENTITY,
-                ADD_CONSTRAINED,
-                ADD_SMARTCARD,
-                ADD_SMARTCARD_CONSTRAINED,
-                REMOVE_SMARTCARD,
-                LOCK,
-                UNLOCK,
-            ]
-            .contains(n)
+            [ADD_IDENTITY, ADD_CONSTRAINED, ADD_SMARTCARD, ADD_SMARTCARD_CONSTRAINED, REMOVE_SMARTCARD, LOCK, UNLOCK]
+                .contains(n)
         })
     }
 
@@ -195,9 +187,7 @@ impl<'a> Request<'a> {
     pub fn read(body: &'a [u8]) -> Result<Self, RequestError> {
         let mut r = Reader::new(body);
         Ok(match r.u8()? {
-            number::SIGN_REQUEST => {
-                Self::Sign(SignRequest { blob: r.string()?, data: r.string()?, flags: r.u32()? })
-            }
+            number::SIGN_REQUEST => Self::Sign(SignRequest { blob: r.string()?, data: r.string()?, flags: r.u32()? }),
             number::REQUEST_IDENTITIES => Self::List,
             // OpenSSH reads constraints behind either message.
             number::ADD_IDENTITY | number::ADD_CONSTRAINED => Self::Add(Box::new(read_add(&mut r)?)),
@@ -430,12 +420,8 @@ impl<'a> SessionBind<'a> {
     /// Reads the extension's body to its end.
     pub fn read(body: &'a [u8]) -> Result<Self, WireError> {
         let mut r = Reader::new(body);
-        let bind = Self {
-            host_key: r.string()?,
-            session_id: r.string()?,
-            signature: r.string()?,
-            forwarding: r.bool()?,
-        };
+        let bind =
+            Self { host_key: r.string()?, session_id: r.string()?, signature: r.string()?, forwarding: r.bool()? };
         r.finish()?;
         Ok(bind)
     }

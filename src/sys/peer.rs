@@ -7,3 +7,9 @@ use std::{fs, path::PathBuf};
 pub fn program(pid: i32) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe")).ok()
 }
+
+/// The short name of a process, which every user can read and which the process can change.
+pub fn short_name(pid: i32) -> Option<std::ffi::OsString> {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some(name.trim_end().into())
+}

@@ -69,13 +69,8 @@ impl Bn {
             let less_one = Bn(NonNull::new(lc::BN_dup(prime.0.as_ptr()))?);
             let ctx = NonNull::new(lc::BN_CTX_new())?;
             let done = lc::BN_sub_word(less_one.0.as_ptr(), 1) == 1
-                && lc::BN_div(
-                    ptr::null_mut(),
-                    result.0.as_ptr(),
-                    self.0.as_ptr(),
-                    less_one.0.as_ptr(),
-                    ctx.as_ptr(),
-                ) == 1;
+                && lc::BN_div(ptr::null_mut(), result.0.as_ptr(), self.0.as_ptr(), less_one.0.as_ptr(), ctx.as_ptr())
+                    == 1;
             lc::BN_CTX_free(ctx.as_ptr());
             done.then_some(result)
         }

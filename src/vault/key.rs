@@ -53,6 +53,17 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// Whether nothing has to be decided or asked before it signs. A lifetime is no such condition.
+    pub fn is_unconstrained(&self) -> bool {
+        !self.constraints.confirm && self.constraints.destinations.is_empty() && !self.key_type.is_sk()
+    }
+
+    /// What a log line calls it: type, fingerprint and comment.
+    pub fn name(&self) -> String {
+        let comment = crate::prompt::harmless(&String::from_utf8_lossy(&self.comment));
+        format!("{} {} ({comment})", self.key_type.label(), self.fingerprint(FingerprintHash::Sha256))
+    }
+
     /// The key's fingerprint for people.
     pub fn fingerprint(&self, hash: FingerprintHash) -> String {
         fingerprint(&self.blob, hash)
@@ -121,6 +132,10 @@ pub struct Caller {
     pub program: Option<PathBuf>,
     /// The sessions this connection is bound to, nearest first.
     pub binds: Vec<Bind>,
+    /// The fingerprints of the keys that the door shows; `None` for all.
+    pub keys: Option<Arc<[String]>>,
+    /// Whether a fence of the door caught the connection: everything it asks is refused.
+    pub denied: bool,
     /// Whether a bind was ever tried here, accepted or not: from then on the connection counts as remote.
     pub bind_attempted: bool,
 }

@@ -101,6 +101,14 @@ impl Keyring {
         count
     }
 
+    /// Removes the identities that `which` picks and returns how many there were.
+    pub fn remove_where(&mut self, which: impl Fn(&Identity) -> bool) -> usize {
+        let before = self.set.len();
+        self.set.retain(|entry| !which(&entry.0));
+        self.changed();
+        before - self.set.len()
+    }
+
     /// Removes what has expired and returns it.
     pub fn expire(&mut self, now: Duration) -> Vec<Arc<Identity>> {
         if self.next_expiry.is_none_or(|at| at > now) {

@@ -171,7 +171,7 @@ impl Vault {
         }
     }
 
-    fn find(&self, blob: &[u8]) -> Result<Arc<Identity>, Refusal> {
+    fn find(&self, caller: &Caller, blob: &[u8]) -> Result<Arc<Identity>, Refusal> {
         let state = self.read();
         match state.seal {
             Seal::Open => {}
@@ -179,12 +179,13 @@ impl Vault {
         }
         // The clock is read only where a lifetime runs.
         let now = state.ring.next_expiry().map_or(Duration::ZERO, |_| clock::now());
-        state.ring.find(blob, now).cloned().ok_or(Refusal::NoSuchKey)
+        let identity = state.ring.find(blob, now).filter(|identity| policy::is_shown(identity, caller));
+        identity.cloned().ok_or(Refusal::NoSuchKey)
     }
 
     /// Signs, after policy has agreed and whoever must be asked has. The one path for the use of a key.
     pub fn sign(self: &Arc<Self>, caller: &Arc<Caller>, signing: Signing<'_>) -> Answer<Result<Signature, Refusal>> {
-        let identity = match self.find(signing.blob) {
+        let identity = match self.find(caller, signing.blob) {
             Ok(identity) => identity,
             Err(refusal) => return Answer::Now(Err(refusal)),
         };
@@ -223,7 +224,7 @@ impl Vault {
             if let Some(question) = &verdict.confirm {
                 self.prompter.confirm(caller.uid, question).await?;
                 // The key may have been removed, replaced or have expired while the question stood.
-                if !Arc::ptr_eq(&identity, &self.find(&identity.blob)?) {
+                if !Arc::ptr_eq(&identity, &self.find(&caller, &identity.blob)?) {
                     return Err(Refusal::NoSuchKey);
                 }
             }
@@ -260,7 +261,7 @@ impl Vault {
         match key.sign(data, None, deadline).await {
             Err(DeviceError::PinRequired) => {
                 drop(shown);
-                let question = policy::pin_prompt(identity, caller, data, rules, key.wants_touch());
+                let question = policy::pin_question(identity, caller, rules, key.wants_touch());
                 let pin = self.prompter.pin(caller.uid, &question).await?;
                 let _shown = notice();
                 Ok(key.sign(data, Some(&pin), deadline).await?)
@@ -280,8 +281,8 @@ impl Vault {
             return Arc::default();
         }
         let all = state.ring.listing();
-        if !caller.bind_attempted {
-            // From here every key may be seen, wherever it may be used.
+        if !caller.bind_attempted && caller.keys.is_none() {
+            // From this machine every key may be seen, wherever it may be used.
             return Arc::clone(all);
         }
         let now = unix_now();
@@ -294,8 +295,7 @@ impl Vault {
 
     /// Adds a key, or replaces everything but the place of the one with the same blob.
     pub fn add(&self, caller: &Caller, candidate: Candidate<'_>, key: PrivateKey) -> Result<(), Refusal> {
-        let lifetime =
-            candidate.lifetime.map(|s| Duration::from_secs(s.into())).or(self.settings().default_lifetime);
+        let lifetime = candidate.lifetime.map(|s| Duration::from_secs(s.into())).or(self.settings().default_lifetime);
         let identity = Arc::new(Identity {
             key_type: candidate.key_type,
             key,
@@ -310,9 +310,9 @@ impl Vault {
         let now = unix_now();
         self.change(|ring| {
             if let Some(old) = ring.find(&identity.blob, Duration::ZERO)
-                && !policy::may_replace(old, caller, now)
+                && !policy::may_change(old, caller, now)
             {
-                return Err(Refusal::NotPermitted("the key is in the vault under constraints that do not let this connection change it".into()));
+                return Err(Refusal::NotPermitted("this connection may not change it"));
             }
             ring.insert(Arc::clone(&identity)).map_err(|Full| Refusal::Full)
         })?;
@@ -349,12 +349,19 @@ impl Vault {
         Ok(real.to_owned())
     }
 
+    /// Forgets a provider's keys. None are held yet, so this only says whether there is such a provider.
+    pub fn remove_provider(&self, provider: &str) -> Result<(), Refusal> {
+        self.check_open()?;
+        let gone = |e| Refusal::Provider(format!("{}: {e}", policy::harmless(provider.as_bytes())));
+        Path::new(provider).canonicalize().map(drop).map_err(gone)
+    }
+
     /// Removes one identity.
     pub fn remove(&self, caller: &Caller, blob: &[u8]) -> Result<(), Refusal> {
         let now = unix_now();
         let removed = self.change(|ring| {
             let identity = ring.find(blob, Duration::ZERO).ok_or(Refusal::NoSuchKey)?;
-            if !policy::may_remove(identity, caller, now) {
+            if !policy::may_change(identity, caller, now) {
                 return Err(Refusal::NoSuchKey);
             }
             ring.remove(blob).ok_or(Refusal::NoSuchKey)
@@ -363,9 +370,9 @@ impl Vault {
         Ok(())
     }
 
-    /// Removes all identities, whatever their constraints.
-    pub fn remove_all(&self) -> Result<(), Refusal> {
-        let count = self.change(|ring| Ok(ring.clear()))?;
+    /// Removes all identities that the caller's door shows, whatever their constraints.
+    pub fn remove_all(&self, caller: &Caller) -> Result<(), Refusal> {
+        let count = self.change(|ring| Ok(ring.remove_where(|identity| policy::is_shown(identity, caller))))?;
         info!(count, "removed all keys");
         Ok(())
     }

@@ -1,0 +1,85 @@
+//! What a listening socket admits: uids, programs, keys, messages. Knows the peer's credentials and no request.
+
+use std::{ffi::OsStr, sync::Arc};
+
+use rustix::process::geteuid;
+use tokio::net::unix::UCred;
+use tracing::warn;
+
+use super::extension::{QUERY, SESSION_BIND};
+use crate::{
+    config::{DoorKind, Listen},
+    sys::peer,
+    vault::key::Caller,
+};
+
+/// Programs that carry an agent to other machines. They have no business at the service door.
+const SSH_PROGRAMS: [&str; 9] =
+    ["ssh", "sshd", "sshd-session", "sshd-auth", "slogin", "dropbear", "dbclient", "plink", "ssh-agent"];
+
+/// One listening socket's rules.
+#[derive(Debug)]
+pub struct Door {
+    kind: DoorKind,
+    uids: Vec<u32>,
+    keys: Option<Arc<[String]>>,
+    messages: Vec<String>,
+}
+
+impl Door {
+    /// The drop-in's only door: the standard messages for our own uid and root.
+    pub fn ssh_agent() -> Self {
+        Self { kind: DoorKind::Ssh, uids: vec![geteuid().as_raw(), 0], keys: None, messages: Vec::new() }
+    }
+
+    /// The door that the configuration describes.
+    pub fn new(listen: &Listen) -> Self {
+        Self {
+            kind: listen.door,
+            uids: listen.uids.clone(),
+            keys: listen.keys.as_ref().map(|keys| keys.as_slice().into()),
+            messages: listen.messages.clone(),
+        }
+    }
+
+    /// The caller behind a new connection; `None` when the connection is to be closed without a word.
+    pub fn admit(&self, cred: UCred) -> Option<Caller> {
+        if !self.uids.contains(&cred.uid()) {
+            warn!(uid = cred.uid(), pid = cred.pid(), "refused a connection of a foreign uid");
+            return None;
+        }
+        let mut caller = Caller { uid: cred.uid(), pid: cred.pid(), keys: self.keys.clone(), ..Caller::default() };
+        if self.kind == DoorKind::Service {
+            caller.program = caller.pid.and_then(peer::program);
+            caller.denied = self.is_fenced_off(&caller);
+        }
+        Some(caller)
+    }
+
+    /// The service door's second fence: an agent socket that was forwarded by mistake is of no use to the far side.
+    /// Another user's program is known by its short name only, which is enough against honest programs.
+    fn is_fenced_off(&self, caller: &Caller) -> bool {
+        let short = || caller.pid.and_then(peer::short_name);
+        let name = caller.program.as_deref().and_then(|p| p.file_name()).map(OsStr::to_os_string).or_else(short);
+        let fenced = name.as_deref().is_none_or(|name| SSH_PROGRAMS.iter().any(|ssh| name == *ssh));
+        if fenced {
+            warn!(pid = caller.pid, "refused an ssh program, or one that cannot be read, at the service door");
+        }
+        fenced
+    }
+
+    /// Whether sessions may be bound here. At the service door an attempt gets the connection denied.
+    pub fn binds_sessions(&self) -> bool {
+        self.kind == DoorKind::Ssh
+    }
+
+    /// The extensions spoken here, as `query` lists them.
+    pub fn extensions(&self) -> impl Iterator<Item = &str> {
+        [QUERY, SESSION_BIND].into_iter().filter(|name| *name != SESSION_BIND || self.binds_sessions())
+    }
+
+    /// Extension names that the configuration opens here beyond those of the door's kind.
+    pub fn extra_messages(&self) -> &[String] {
+        &self.messages
+    }
+}

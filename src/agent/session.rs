@@ -1,0 +1,418 @@
+//! One connection: who asks, what it is bound to, the order of replies, and which vault call a message becomes.
+//!
+//! Everything happens in one poll: take what has arrived, answer every complete frame in it, write all answers at
+//! once. Buffers belong to the thread; a connection keeps only a partial frame and what the peer has not taken yet.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    future::{Future, poll_fn},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tracing::{debug, info, warn};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::{
+    door::Door,
+    extension::{self, QUERY, SESSION_BIND},
+    frame::{self, Backlog, FrameError, MAX_FRAME},
+    wire::{self, AddRequest, PrivateParts, RSA_SHA2_256, RSA_SHA2_512, Request, SignRequest, number},
+};
+use crate::{
+    devices::{DeviceError, Hash, Signature, sk::SkKey},
+    public_key::{FingerprintHash, fingerprint},
+    vault::{
+        Answer, Candidate, Signing, Vault,
+        key::{Caller, PrivateKey},
+        policy::Refusal,
+        soft_key,
+    },
+};
+
+/// Key operations in flight on one connection; then we stop reading frames.
+const MAX_IN_FLIGHT: usize = 64;
+/// Replies that the peer has not taken, in bytes; then we stop reading.
+const MAX_UNSENT: usize = 1 << 20;
+/// What one read takes: enough for a burst of requests, little enough that no connection keeps its thread for long.
+const READ_SIZE: usize = 32 * 1024;
+/// A reply buffer that grew beyond this goes back to the allocator.
+const KEPT_CAPACITY: usize = 64 * 1024;
+
+thread_local! {
+    static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_SIZE].into_boxed_slice());
+    /// A spare buffer for replies, lent to the connection that is being served.
+    static WRITE_BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Serves one connection until the peer hangs up or breaks the framing. Dropping the future cancels what is in flight.
+pub async fn serve<S>(stream: S, vault: Arc<Vault>, door: Arc<Door>, caller: Caller)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let session = Session { vault, door, caller: Arc::new(caller), secret_seen: false };
+    let mut connection = Connection {
+        stream,
+        session,
+        backlog: Backlog::default(),
+        replies: VecDeque::new(),
+        barrier: false,
+        out: Vec::new(),
+        sent: 0,
+    };
+    poll_fn(|cx| connection.poll(cx)).await;
+}
+
+/// A reply in its place among the others.
+enum Reply {
+    Ready(Vec<u8>),
+    Waiting(Pin<Box<dyn Future<Output = Vec<u8>> + Send>>),
+}
+
+struct Connection<S> {
+    stream: S,
+    session: Session,
+    /// A frame that is not complete, or frames that must wait.
+    backlog: Backlog,
+    /// Replies that wait, or stand behind one that waits; in the order of their requests.
+    replies: VecDeque<Reply>,
+    /// Whether what waits is not a key operation, so that nothing may overtake or overlap it.
+    barrier: bool,
+    out: Vec<u8>,
+    sent: usize,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.out.capacity() == 0 {
+            self.out = WRITE_BUFFER.take();
+        }
+        let polled = self.poll_inner(cx);
+        if self.out.is_empty() {
+            let spare = std::mem::take(&mut self.out);
+            if spare.capacity() <= KEPT_CAPACITY {
+                WRITE_BUFFER.set(spare);
+            }
+        }
+        polled
+    }
+
+    /// Ready when the connection is over.
+    fn poll_inner(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            self.poll_replies(cx);
+            if !self.backlog.bytes().is_empty() && !self.is_full() {
+                let backlog = std::mem::take(&mut self.backlog);
+                let Ok(taken) = self.handle(backlog.bytes()) else { return Poll::Ready(()) };
+                self.backlog = backlog;
+                self.backlog.consume(taken);
+                if taken > 0 {
+                    continue;
+                }
+            }
+            let unsent = match self.poll_write(cx) {
+                Poll::Ready(Ok(())) => 0,
+                Poll::Ready(Err(())) => return Poll::Ready(()),
+                Poll::Pending => self.out.len() - self.sent,
+            };
+            // Reading goes on while something waits, so that a hang-up is noticed.
+            if unsent >= MAX_UNSENT || self.backlog.bytes().len() > MAX_FRAME + 4 {
+                return Poll::Pending;
+            }
+            if ready!(self.poll_read(cx)).is_err() {
+                return Poll::Ready(());
+            }
+        }
+    }
+
+    /// Whether no further frame may be handled now.
+    fn is_full(&self) -> bool {
+        self.barrier || self.replies.len() >= MAX_IN_FLIGHT || self.out.len() - self.sent >= MAX_UNSENT
+    }
+
+    /// Moves replies that are due into the output.
+    fn poll_replies(&mut self, cx: &mut Context<'_>) {
+        for reply in &mut self.replies {
+            if let Reply::Waiting(future) = reply
+                && let Poll::Ready(bytes) = future.as_mut().poll(cx)
+            {
+                *reply = Reply::Ready(bytes);
+            }
+        }
+        while let Some(Reply::Ready(bytes)) = self.replies.front() {
+            self.out.extend_from_slice(bytes);
+            self.replies.pop_front();
+        }
+        self.barrier &= !self.replies.is_empty();
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
+        while self.sent < self.out.len() {
+            match ready!(Pin::new(&mut self.stream).poll_write(cx, &self.out[self.sent..])) {
+                Ok(n) if n > 0 => self.sent += n,
+                _ => return Poll::Ready(Err(())),
+            }
+        }
+        self.out.clear();
+        self.sent = 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads once and handles what came. An error is the end of the connection.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
+        READ_BUFFER.with_borrow_mut(|buffer| {
+            let mut read = ReadBuf::new(buffer);
+            let result = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut read));
+            let n = read.filled().len();
+            if result.is_err() || n == 0 {
+                return Poll::Ready(Err(()));
+            }
+            let bytes = &mut buffer[..n];
+            let mut taken = 0;
+            let mut over = false;
+            if self.backlog.bytes().is_empty() && !self.is_full() {
+                match self.handle(bytes) {
+                    Ok(n) => taken = n,
+                    Err(_) => over = true,
+                }
+            }
+            if !over && taken < n {
+                self.backlog.push(&bytes[taken..]);
+            }
+            // What was more than signature requests may have been a private key or a PIN.
+            if over || taken < n || self.session.handled_secret() {
+                bytes.zeroize();
+            }
+            Poll::Ready(if over { Err(()) } else { Ok(()) })
+        })
+    }
+
+    /// Handles the complete frames in `bytes` as far as they may be, and returns how many bytes that were.
+    fn handle(&mut self, bytes: &[u8]) -> Result<usize, FrameError> {
+        let mut taken = 0;
+        while !self.is_full() {
+            let body = match frame::first(&bytes[taken..]) {
+                Ok(Some(body)) => body,
+                Ok(None) => break,
+                Err(e) => {
+                    info!(pid = self.session.caller.pid, "closed a connection: {e}");
+                    return Err(e);
+                }
+            };
+            let key_operation = Request::is_key_operation(body);
+            if !key_operation && !self.replies.is_empty() {
+                break;
+            }
+            // Behind a reply that waits, one that is ready has to queue.
+            let mut queued = Vec::new();
+            let out = if self.replies.is_empty() { &mut self.out } else { &mut queued };
+            match self.session.handle(body, out) {
+                None if self.replies.is_empty() => {}
+                None => self.replies.push_back(Reply::Ready(queued)),
+                Some(waiting) => {
+                    self.replies.push_back(Reply::Waiting(waiting));
+                    self.barrier = !key_operation;
+                }
+            }
+            taken += 4 + body.len();
+        }
+        // A future begins when it is polled: whoever handled frames polls the replies before it sleeps.
+        Ok(taken)
+    }
+}
+
+type Later = Pin<Box<dyn Future<Output = Vec<u8>> + Send>>;
+
+struct Session {
+    vault: Arc<Vault>,
+    door: Arc<Door>,
+    caller: Arc<Caller>,
+    /// Whether a frame with a secret was handled since this was last asked.
+    secret_seen: bool,
+}
+
+impl Session {
+    fn handled_secret(&mut self) -> bool {
+        std::mem::take(&mut self.secret_seen)
+    }
+
+    /// Appends the reply to `out`, or returns the future that makes it.
+    fn handle(&mut self, body: &[u8], out: &mut Vec<u8>) -> Option<Later> {
+        self.secret_seen |= Request::is_secret(body);
+        let request = match Request::read(body) {
+            Ok(request) if !self.caller.denied => request,
+            Ok(_) => return bare(out, number::FAILURE),
+            Err(e) => {
+                info!(pid = self.caller.pid, message = body.first(), "refused a malformed request: {e}");
+                return bare(out, number::FAILURE);
+            }
+        };
+        match request {
+            Request::Sign(request) => return self.sign(&request, out),
+            Request::List => self.list(out),
+            Request::Add(request) => self.done("add", self.add(&request), out),
+            Request::Remove(blob) => self.done("remove", self.vault.remove(&self.caller, blob), out),
+            Request::RemoveAll => self.done("remove-all", self.vault.remove_all(&self.caller), out),
+            Request::AddSmartcard(request) => {
+                let refused = self.vault.approve_provider(&self.caller, request.provider).and(Err(NO_PKCS11()));
+                self.done("add-smartcard", refused, out);
+            }
+            Request::RemoveSmartcard(request) => {
+                self.done("remove-smartcard", self.vault.remove_provider(request.provider), out);
+            }
+            Request::Lock(password) => {
+                let lock = Arc::clone(&self.vault).lock(Arc::clone(&self.caller), Zeroizing::new(password.to_vec()));
+                return Some(self.done_later("lock", lock));
+            }
+            Request::Unlock(password) => {
+                let unlock =
+                    Arc::clone(&self.vault).unlock(Arc::clone(&self.caller), Zeroizing::new(password.to_vec()));
+                return Some(self.done_later("unlock", unlock));
+            }
+            Request::Extension(name, body) => self.extension(name, body, out),
+        }
+        None
+    }
+
+    fn sign(&self, request: &SignRequest<'_>, out: &mut Vec<u8>) -> Option<Later> {
+        let rsa_hash = match request.flags {
+            flags if flags & RSA_SHA2_256 != 0 => Hash::Sha256,
+            flags if flags & RSA_SHA2_512 != 0 => Hash::Sha512,
+            _ => Hash::Sha1,
+        };
+        let signing = Signing { blob: request.blob, data: request.data, rsa_hash };
+        match self.vault.sign(&self.caller, signing) {
+            Answer::Now(result) => {
+                put_signed(out, &result, request.blob, &self.caller);
+                None
+            }
+            Answer::Later(future) => {
+                let (blob, caller) = (request.blob.to_vec(), Arc::clone(&self.caller));
+                Some(Box::pin(async move {
+                    let mut out = Vec::new();
+                    put_signed(&mut out, &future.await, &blob, &caller);
+                    out
+                }))
+            }
+        }
+    }
+
+    fn list(&self, out: &mut Vec<u8>) {
+        let listing = self.vault.list(&self.caller);
+        out.extend_from_slice(listing.encoded(|identities| {
+            wire::identities_answer(identities, |left_out| {
+                warn!(left_out, "the listing ends where OpenSSH's clients would refuse it");
+            })
+        }));
+    }
+
+    fn add(&self, request: &AddRequest<'_>) -> Result<(), Refusal> {
+        self.vault.check_open()?;
+        let constraints = &request.constraints;
+        if constraints.associated_certs.is_some() {
+            return Err(Refusal::Constraint("associated-certs"));
+        }
+        let key = match &request.private {
+            PrivateParts::Soft(_) if constraints.sk_provider.is_some() => {
+                return Err(Refusal::Constraint("sk-provider"));
+            }
+            PrivateParts::Soft(parts) => soft_key(parts)?,
+            PrivateParts::Sk { public, application, flags, key_handle, reserved } => {
+                let provider = match constraints.sk_provider {
+                    None => "internal".to_owned(),
+                    Some(name) if name.eq_ignore_ascii_case("internal") => "internal".to_owned(),
+                    Some(path) => self.vault.approve_provider(&self.caller, path)?,
+                };
+                let handle = Zeroizing::new(key_handle.to_vec());
+                PrivateKey::Sk(Arc::new(SkKey::new(public, application, *flags, handle, reserved, provider)?))
+            }
+        };
+        let candidate = Candidate {
+            blob: request.blob.clone(),
+            key_type: request.key_type,
+            comment: request.comment,
+            lifetime: constraints.lifetime,
+            confirm: constraints.confirm,
+            destinations: constraints.destinations.clone().unwrap_or_default(),
+        };
+        self.vault.add(&self.caller, candidate, key)
+    }
+
+    fn extension(&mut self, name: &[u8], body: &[u8], out: &mut Vec<u8>) {
+        let is = |known: &str| name == known.as_bytes();
+        if is(SESSION_BIND) && !self.door.binds_sessions() {
+            warn!(pid = self.caller.pid, "an ssh tried to bind a session at the service door: it is denied everything");
+            Arc::make_mut(&mut self.caller).denied = true;
+            wire::put_bare(out, number::FAILURE);
+        } else if is(SESSION_BIND) {
+            match extension::session_bind(Arc::make_mut(&mut self.caller), body) {
+                Ok(()) => wire::put_bare(out, number::SUCCESS),
+                Err(e) => {
+                    warn!(pid = self.caller.pid, "refused a session bind: {e}");
+                    wire::put_bare(out, number::EXTENSION_FAILURE);
+                }
+            }
+        } else if self.vault.check_open().is_err() {
+            wire::put_bare(out, number::FAILURE);
+        } else if is(QUERY) {
+            wire::put_query_answer(out, self.door.extensions());
+        } else {
+            debug!(pid = self.caller.pid, "an unknown extension");
+            wire::put_bare(out, number::FAILURE);
+        }
+    }
+
+    /// Appends success, or failure and the reason to the log.
+    fn done(&self, message: &str, result: Result<(), Refusal>, out: &mut Vec<u8>) {
+        put_done(out, message, &result, &self.caller);
+    }
+
+    fn done_later(
+        &self,
+        message: &'static str,
+        work: impl Future<Output = Result<(), Refusal>> + Send + 'static,
+    ) -> Later {
+        let caller = Arc::clone(&self.caller);
+        Box::pin(async move {
+            let mut out = Vec::new();
+            put_done(&mut out, message, &work.await, &caller);
+            out
+        })
+    }
+}
+
+const NO_PKCS11: fn() -> Refusal =
+    || Refusal::Device(DeviceError::Unsupported("PKCS#11 providers are not supported by this version"));
+
+fn bare(out: &mut Vec<u8>, number: u8) -> Option<Later> {
+    wire::put_bare(out, number);
+    None
+}
+
+fn put_done(out: &mut Vec<u8>, message: &str, result: &Result<(), Refusal>, caller: &Caller) {
+    match result {
+        Ok(()) => wire::put_bare(out, number::SUCCESS),
+        Err(refusal) => {
+            warn!(pid = caller.pid, uid = caller.uid, "refused {message}: {refusal}");
+            wire::put_bare(out, number::FAILURE);
+        }
+    }
+}
+
+#[inline]
+fn put_signed(out: &mut Vec<u8>, result: &Result<Signature, Refusal>, blob: &[u8], caller: &Caller) {
+    match result {
+        Ok(signature) => {
+            wire::put_signature(out, signature);
+            debug!(key = fingerprint(blob, FingerprintHash::Sha256), pid = caller.pid, "signed");
+        }
+        Err(refusal) => {
+            let key = fingerprint(blob, FingerprintHash::Sha256);
+            warn!(key, pid = caller.pid, uid = caller.uid, "refused to sign: {refusal}");
+            wire::put_bare(out, number::FAILURE);
+        }
+    }
+}
