@@ -226,6 +226,12 @@ impl Config {
         Self::load(self.origin.file.as_deref(), &self.origin.sockets)
     }
 
+    /// The settings of a door whose socket is named elsewhere: those of the first door of its kind, or the defaults.
+    pub fn door(&self, kind: DoorKind) -> Listen {
+        let configured = self.listen.iter().find(|door| door.door == kind);
+        configured.cloned().unwrap_or_else(|| System::read().default_door(kind))
+    }
+
     fn without_file(system: &System) -> Self {
         let doors = [DoorKind::Ssh, DoorKind::Service];
         Self {
@@ -252,8 +258,7 @@ impl Config {
         if self.origin.sockets.is_empty() {
             return Ok(());
         }
-        let configured = self.listen.iter().find(|door| door.door == DoorKind::Ssh);
-        let model = configured.cloned().unwrap_or_else(|| System::read().default_door(DoorKind::Ssh));
+        let model = self.door(DoorKind::Ssh);
         let place = |path: &PathBuf| {
             let failed = |reason| ConfigError::Socket { path: path.clone(), reason };
             let absolute = std::path::absolute(path).map_err(|e| failed(e.to_string()))?;

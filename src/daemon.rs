@@ -1,106 +1,352 @@
-//! stub
-#![allow(missing_docs)]
-use crate::{
-    agent::{door::Door, session},
-    config::Config,
-    prompt::{self, Prompter},
-    public_key::FingerprintHash,
-    vault::{Settings, Vault, policy::Rules},
-};
-use std::{io, os::unix::net::UnixListener, sync::Arc, time::Duration};
-use tokio::signal::unix::{SignalKind, signal};
+//! Builds the vault, listens, and serves until a signal: what `strongroom agent` and the drop-in have in common.
 
+mod server;
+mod sockets;
+
+use std::collections::BTreeSet;
+use std::future::pending;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use thiserror::Error;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::level_filters::LevelFilter;
+use tracing::{error, info, warn};
+
+pub use self::sockets::SocketError;
+
+use self::server::Server;
+use self::sockets::{Socket, Source};
+use crate::agent::door::Door;
+use crate::config::{AgentConfig, Config, PromptConfig};
+use crate::log::{self, Log, Target};
+use crate::prompt;
+use crate::public_key::FingerprintHash;
+use crate::sys::process;
+use crate::vault::{self, policy::Rules};
+
+/// What keys may do, by the drop-in's command line.
 pub struct AgentOptions {
+    /// The lifetime of keys that come with none (`-t`).
     pub default_lifetime: Option<Duration>,
+    /// The hash of fingerprints in prompts (`-E`).
     pub fingerprint_hash: FingerprintHash,
+    /// The provider libraries that may be loaded (`-P`).
     pub allowed_providers: String,
+    /// Whether a forwarded connection may load a PKCS#11 provider (`-O allow-remote-pkcs11`).
     pub allow_remote_pkcs11: bool,
+    /// Whether FIDO keys of web origins sign ssh's own messages only (off by `-O no-restrict-websafe`).
     pub restrict_websafe: bool,
+    /// The FIDO applications that are free of that (`-O websafe-allow`).
     pub websafe_allow: Option<String>,
 }
+
+/// How a drop-in agent stands to who started it.
 pub struct Foreground {
+    /// A person started it in the foreground: SIGINT ends it, and its log is on standard error.
     pub interactive: bool,
+    /// Its log tells everything.
     pub debug: bool,
+    /// The process with which it ends.
     pub parent: Option<i32>,
 }
+
+/// Why an agent ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
+    /// SIGTERM.
     Terminated,
+    /// SIGHUP.
     HungUp,
+    /// SIGINT.
     Interrupted,
+    /// The process that it was to end with is gone.
     ParentGone,
 }
-#[derive(Debug, thiserror::Error)]
+
+/// Why `strongroom agent` does not serve. The messages say what to do.
+#[derive(Debug, Error)]
 pub enum DaemonError {
-    #[error("stub")]
-    Stub,
+    /// The process cannot be shielded from others of the same user.
+    #[error("cannot protect the process from being read by others: {0}; allow prctl and setrlimit in its sandbox")]
+    Harden(#[source] io::Error),
+    /// A socket cannot be served.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// Threads, descriptors or memory are missing.
+    #[error("cannot start: {0}; look at the limits on processes and open files (ulimit -u, ulimit -n)")]
+    Start(#[source] io::Error),
 }
-pub fn run_agent(_c: Config) -> Result<(), DaemonError> {
-    Err(DaemonError::Stub)
-}
+
+/// Serves `listener` as ssh-agent does, until told to end. `ready` is called when signals are handled and connections
+/// accepted; if it fails, so does this.
 pub fn serve_ssh_agent(
     listener: UnixListener,
-    o: AgentOptions,
-    f: Foreground,
+    options: AgentOptions,
+    foreground: Foreground,
     ready: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<Ended> {
-    let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    if f.interactive {
-        tracing_subscriber::fmt()
-            .with_writer(io::stderr)
-            .with_max_level(if f.debug { tracing::Level::DEBUG } else { tracing::Level::INFO })
-            .init();
-    }
-    rt.block_on(async move {
-        listener.set_nonblocking(true)?;
-        let l = tokio::net::UnixListener::from_std(listener)?;
-        let v = Vault::new(
-            Settings {
-                rules: Rules {
-                    restrict_websafe: o.restrict_websafe,
-                    websafe_allow: o.websafe_allow,
-                    fingerprint_hash: o.fingerprint_hash,
-                },
-                default_lifetime: o.default_lifetime,
-                allowed_providers: o.allowed_providers,
-                allow_remote_providers: o.allow_remote_pkcs11,
-            },
-            Prompter::new(prompt::Settings::default()),
-        );
-        let (mut t, mut h, mut i, mut u) = (
-            signal(SignalKind::terminate())?,
-            signal(SignalKind::hangup())?,
-            signal(SignalKind::interrupt())?,
-            signal(SignalKind::user_defined1())?,
-        );
-        let v2 = v.clone();
-        tokio::spawn(async move { v2.expire().await });
-        let v3 = v.clone();
-        tokio::spawn(async move {
-            let door = Arc::new(Door::ssh_agent());
-            loop {
-                if let Ok((s, _)) = l.accept().await {
-                    if let Some(c) = s.peer_cred().ok().and_then(|c| door.admit(c)) {
-                        tokio::spawn(session::serve(s, v3.clone(), door.clone(), c));
-                    }
-                }
-            }
-        });
-        ready()?;
-        let parent = async {
-            match f.parent {
-                Some(p) => {
-                    let _ = crate::sys::process::parent_gone(p).await;
-                }
-                None => std::future::pending().await,
-            }
-        };
-        tokio::pin!(parent);
+    let target = if foreground.interactive { Target::Stderr } else { Target::Syslog };
+    // As quiet as ssh-agent, which without -d logs what went wrong and nothing else.
+    let _log = Log::start(target, if foreground.debug { LevelFilter::DEBUG } else { LevelFilter::WARN });
+    let server = Server::new(options.into(), prompt::Settings::default())?;
+    let (_door, door) = watch::channel(Arc::new(Door::ssh_agent()));
+    let mut signals = {
+        let _runtime = server.runtime().enter();
+        Signals::new()?
+    };
+    server.listen(listener, door)?;
+    Server::warm_up();
+    ready()?;
+    let parent_gone = async {
+        match foreground.parent {
+            Some(pid) => process::parent_gone(pid).await,
+            None => pending().await,
+        }
+    };
+    let ended = server.runtime().block_on(async {
+        tokio::pin!(parent_gone);
         loop {
             tokio::select! {
-                _ = t.recv() => return Ok(Ended::Terminated), _ = h.recv() => return Ok(Ended::HungUp),
-                _ = i.recv() => if f.interactive { return Ok(Ended::Interrupted) }, _ = u.recv() => v.wipe(),
-                () = &mut parent => return Ok(Ended::ParentGone),
+                gone = &mut parent_gone => return gone.map(|()| Ended::ParentGone),
+                told = signals.next() => match told {
+                    Told::Terminate => return Ok(Ended::Terminated),
+                    Told::HangUp => return Ok(Ended::HungUp),
+                    Told::Interrupt if foreground.interactive => return Ok(Ended::Interrupted),
+                    Told::Interrupt => {}
+                    Told::Wipe => server.vault().wipe(),
+                },
             }
         }
-    })
+    });
+    server.end();
+    ended
+}
+
+/// Serves the doors of `config`, or the sockets that systemd passed, until SIGTERM or SIGINT. For the start of the
+/// program: it takes over descriptors.
+pub fn run_agent(config: Config) -> Result<(), DaemonError> {
+    process::harden().map_err(DaemonError::Harden)?;
+    process::deny_core_files().map_err(DaemonError::Harden)?;
+    let sockets = sockets::all(&config)?;
+    let log = Log::start(Target::Stderr, log::level(&config.log.level));
+    let agent = Agent::start(config, sockets, log).map_err(DaemonError::Start)?;
+    agent.run();
+    Ok(())
+}
+
+/// `strongroom agent` at work.
+struct Agent {
+    server: Server,
+    signals: Signals,
+    doors: Vec<OpenDoor>,
+    config: Config,
+    // Last, so that the end of everything else is logged.
+    log: Log,
+}
+
+/// A socket that is served, and the settings of its door.
+struct OpenDoor {
+    door: watch::Sender<Arc<Door>>,
+    listen: crate::config::Listen,
+    /// Removes the socket's file in the end, where it is ours.
+    source: Source,
+}
+
+impl Agent {
+    fn start(config: Config, sockets: Vec<Socket>, log: Log) -> io::Result<Self> {
+        let server = Server::new((&config.agent).into(), (&config.prompt).into())?;
+        let signals = {
+            let _runtime = server.runtime().enter();
+            Signals::new()?
+        };
+        let mut doors = Vec::with_capacity(sockets.len());
+        for Socket { listener, listen, source } in sockets {
+            let (sender, door) = watch::channel(Arc::new(Door::new(&listen)));
+            server.listen(listener, door)?;
+            match source {
+                Source::Passed => info!(door = ?listen.door, "listening on a socket of systemd"),
+                Source::Opened(_) => info!(door = ?listen.door, path = %listen.path.display(), "listening"),
+            }
+            doors.push(OpenDoor { door: sender, listen, source });
+        }
+        Server::warm_up();
+        if let Some(every) = sd_notify::watchdog_enabled().filter(|every| !every.is_zero()) {
+            server.runtime().spawn(feed_watchdog(every / 2));
+        }
+        Ok(Self { server, signals, doors, config, log })
+    }
+
+    /// Serves until told to end.
+    fn run(mut self) {
+        tell_systemd(&[NotifyState::Ready]);
+        let signal = loop {
+            match self.server.runtime().block_on(self.signals.next()) {
+                Told::Terminate => break "SIGTERM",
+                Told::Interrupt => break "SIGINT",
+                Told::HangUp => self.reload(),
+                Told::Wipe => self.server.vault().wipe(),
+            }
+        };
+        tell_systemd(&[NotifyState::Stopping]);
+        info!(signal, "ending");
+        // The files first: a client that finds no socket knows at once that nobody is there.
+        self.doors.clear();
+        self.server.end();
+    }
+
+    /// Reads the configuration again. If it has an error, the old one stays in force as a whole.
+    fn reload(&mut self) {
+        let mut reloading = vec![NotifyState::Reloading];
+        reloading.extend(NotifyState::monotonic_usec_now());
+        tell_systemd(&reloading);
+        match self.config.reload() {
+            Ok(config) => self.put_in_force(config),
+            Err(error) => {
+                error!("the configuration was not reloaded, the old one stays in force: {error}. {}", error.remedy());
+            }
+        }
+        tell_systemd(&[NotifyState::Ready]);
+    }
+
+    fn put_in_force(&mut self, config: Config) {
+        self.log.set_level(log::level(&config.log.level));
+        self.server.vault().configure((&config.agent).into());
+        for open in &mut self.doors {
+            open.put_in_force(&config);
+        }
+        if config.prompt != self.config.prompt {
+            warn!("the settings of [prompt] changed; they take effect when the agent is started again");
+        }
+        let opened = |door: &OpenDoor| matches!(door.source, Source::Opened(_));
+        if self.doors.iter().any(opened) && paths(&config) != paths(&self.config) {
+            warn!("the paths of [[listen]] changed; start the agent again to open and close sockets");
+        }
+        self.config = config;
+        info!("the configuration was reloaded");
+    }
+}
+
+impl OpenDoor {
+    /// Gives new connections the door of the new settings. A door that is in them no more keeps its old ones.
+    fn put_in_force(&mut self, config: &Config) {
+        let listen = match self.source {
+            Source::Passed => config.door(self.listen.door),
+            Source::Opened(_) => match config.listen.iter().find(|listen| listen.path == self.listen.path) {
+                Some(listen) => listen.clone(),
+                None => return,
+            },
+        };
+        let file = |listen: &crate::config::Listen| (listen.mode, listen.group.clone());
+        if matches!(self.source, Source::Opened(_)) && file(&listen) != file(&self.listen) {
+            warn!(path = %listen.path.display(), "mode or group changed; start the agent again to apply it");
+        }
+        self.door.send_replace(Arc::new(Door::new(&listen)));
+        self.listen = listen;
+    }
+}
+
+fn paths(config: &Config) -> BTreeSet<&Path> {
+    config.listen.iter().map(|listen| listen.path.as_path()).collect()
+}
+
+/// What a signal asks for.
+enum Told {
+    Terminate,
+    HangUp,
+    Interrupt,
+    Wipe,
+}
+
+/// The signals that an agent handles, from the making of this value on.
+struct Signals {
+    terminate: Signal,
+    hang_up: Signal,
+    interrupt: Signal,
+    wipe: Signal,
+}
+
+impl Signals {
+    /// Needs a runtime around it.
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            wipe: signal(SignalKind::user_defined1())?,
+        })
+    }
+
+    /// The next one. Dropping the future loses none.
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.terminate.recv() => Told::Terminate,
+            _ = self.hang_up.recv() => Told::HangUp,
+            _ = self.interrupt.recv() => Told::Interrupt,
+            _ = self.wipe.recv() => Told::Wipe,
+        }
+    }
+}
+
+/// From within the runtime, so that a runtime that stands still is noticed.
+async fn feed_watchdog(every: Duration) {
+    let mut tick = interval(every);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        tell_systemd(&[NotifyState::Watchdog]);
+    }
+}
+
+/// Tells systemd, where it listens.
+fn tell_systemd(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        warn!("systemd cannot be told: {error}");
+    }
+}
+
+impl From<AgentOptions> for vault::Settings {
+    fn from(options: AgentOptions) -> Self {
+        Self {
+            rules: Rules {
+                restrict_websafe: options.restrict_websafe,
+                websafe_allow: options.websafe_allow,
+                fingerprint_hash: options.fingerprint_hash,
+            },
+            default_lifetime: options.default_lifetime,
+            allowed_providers: options.allowed_providers,
+            allow_remote_providers: options.allow_remote_pkcs11,
+        }
+    }
+}
+
+impl From<&AgentConfig> for vault::Settings {
+    fn from(config: &AgentConfig) -> Self {
+        Self {
+            rules: Rules {
+                restrict_websafe: config.restrict_websafe,
+                websafe_allow: config.websafe_allow.clone(),
+                fingerprint_hash: config.fingerprint_hash,
+            },
+            default_lifetime: config.default_lifetime,
+            allowed_providers: config.allowed_providers.clone(),
+            allow_remote_providers: config.allow_remote_pkcs11,
+        }
+    }
+}
+
+impl From<&PromptConfig> for prompt::Settings {
+    fn from(config: &PromptConfig) -> Self {
+        Self {
+            askpass: config.askpass.clone().map(Into::into),
+            timeout: config.timeout,
+            environment: prompt::Environment::Process,
+        }
+    }
 }

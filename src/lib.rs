@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod devices;
+pub mod log;
 pub mod prompt;
 pub mod public_key;
 pub mod rfc4251;

@@ -6,7 +6,14 @@ pub mod soft;
 
 use thiserror::Error;
 
+use zeroize::Zeroizing;
+
 use crate::public_key::Curve;
+
+/// Encrypts a secret when the vault is locked.
+pub type Seal<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Box<[u8]>, DeviceError>;
+/// Decrypts what a [`Seal`] made.
+pub type Open<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError>;
 
 /// Why a device did not do what it was asked.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]

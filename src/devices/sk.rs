@@ -23,7 +23,7 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use super::{DeviceError, Signature};
+use super::{DeviceError, Open, Seal, Signature};
 use crate::{
     public_key::{KeyType, PublicKey},
     rfc4251::{Put, Reader, WireError},
@@ -79,11 +79,6 @@ enum KeyHandle {
     Open(Zeroizing<Vec<u8>>),
     Sealed(Box<[u8]>),
 }
-
-/// Encrypts a secret.
-pub type Seal<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Box<[u8]>, DeviceError>;
-/// Decrypts what a [`Seal`] made.
-pub type Open<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError>;
 
 impl SkKey {
     /// A key from the parts of its private form. `provider` must be approved already: a library's path, or `internal`

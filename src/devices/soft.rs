@@ -16,7 +16,7 @@ use fips204::{
 };
 use zeroize::Zeroizing;
 
-use super::{DeviceError, Hash, Scheme, Signature};
+use super::{DeviceError, Hash, Open, Scheme, Seal, Signature};
 use crate::{
     public_key::{Curve, KeyType, MLDSA44_ED25519_LABEL, mldsa44_ed25519_message},
     sys::rsa::{RsaIntegers, RsaKey},
@@ -111,7 +111,7 @@ impl SoftKey {
     }
 
     /// Replaces the key by what `seal` makes of its private values. Waits for signatures that are being made.
-    pub fn seal(&self, seal: &mut dyn FnMut(&[u8]) -> Result<Box<[u8]>, DeviceError>) -> Result<(), DeviceError> {
+    pub fn seal(&self, seal: Seal<'_>) -> Result<(), DeviceError> {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         if let State::Open(signer) = &*state {
             *state = State::Sealed(seal(&signer.secret()?)?);
@@ -120,10 +120,7 @@ impl SoftKey {
     }
 
     /// Brings a sealed key back; `open` undoes what `seal` did.
-    pub fn unseal(
-        &self,
-        open: &mut dyn FnMut(&[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError>,
-    ) -> Result<(), DeviceError> {
+    pub fn unseal(&self, open: Open<'_>) -> Result<(), DeviceError> {
         let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
         if let State::Sealed(sealed) = &*state {
             *state = State::Open(Signer::from_secret(self.key_type, &open(sealed)?)?);

@@ -19,9 +19,10 @@ use thiserror::Error;
 
 use self::options::{Action, CommandLine, USAGE};
 use self::shell::Shell;
-use self::socket::{Place, SocketFile};
+use self::socket::Place;
 use crate::daemon::{self, Ended, Foreground};
 use crate::sys::process;
+use crate::sys::socket_file::SocketFile;
 
 const SOCKET_VARIABLE: &str = "SSH_AUTH_SOCK";
 const PID_VARIABLE: &str = "SSH_AGENT_PID";

@@ -5,18 +5,18 @@ use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use aws_lc_rs::digest;
 use rustix::fs::Mode;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::umask;
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::Failure;
+use crate::sys::socket_file::{SocketFile, nobody_listens};
 
 /// Where the command line wants the socket.
 #[derive(Debug, PartialEq, Eq)]
@@ -34,54 +34,6 @@ const STALE_AFTER: Duration = Duration::from_secs(60 * 60);
 /// With 62^10 names a second try is rare and a tenth is a bug.
 const TRIES: u32 = 10;
 const ALPHABET: &[u8; 62] = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
-
-/// A socket file that is removed when this value goes, with its directory if that was made for it.
-pub(super) struct SocketFile {
-    /// Absolute: the daemon's working directory is `/`.
-    path: PathBuf,
-    /// Device and inode. What somebody else puts at the path later is not ours to remove.
-    identity: Option<(u64, u64)>,
-    own_directory: bool,
-}
-
-impl SocketFile {
-    /// The socket at `path`, alone in its directory if `own_directory`.
-    pub(super) fn new(path: &Path, own_directory: bool) -> io::Result<Self> {
-        let path = std::path::absolute(path)?;
-        Ok(Self { identity: Some(identity(&path)?), path, own_directory })
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    pub(super) fn own_directory(&self) -> bool {
-        self.own_directory
-    }
-
-    /// Leaves the file to another process.
-    pub(super) fn leave(mut self) {
-        self.identity = None;
-    }
-}
-
-impl Drop for SocketFile {
-    /// Errors have nobody left to tell; a socket that stays behind is swept by a later agent.
-    fn drop(&mut self) {
-        if self.identity.is_none() || identity(&self.path).ok() != self.identity {
-            return;
-        }
-        let _ = fs::remove_file(&self.path);
-        if let (true, Some(directory)) = (self.own_directory, self.path.parent()) {
-            let _ = fs::remove_dir(directory);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let metadata = fs::symlink_metadata(path)?;
-    Ok((metadata.dev(), metadata.ino()))
-}
 
 /// A listening socket, its file, and its path in the words of the command line.
 pub(super) struct Bound {
@@ -201,59 +153,10 @@ fn sweep(directory: &Path, any_name: bool) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a connection to the socket is refused. Everything else, a full backlog above all, may be a live agent.
-fn nobody_listens(path: &Path) -> bool {
-    let attempt = || {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        connect(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?, &SocketAddrUnix::new(path)?)
-    };
-    attempt() == Err(rustix::io::Errno::CONNREFUSED)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_socket_file_takes_only_itself_away() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let _listener = UnixListener::bind(&path).unwrap();
-        let file = SocketFile::new(&path, false).unwrap();
-        fs::remove_file(&path).unwrap();
-        // The listener still holds the old inode, so that the new file gets another.
-        let _other = UnixListener::bind(&path).unwrap();
-        drop(file);
-        assert!(path.exists());
-        let file = SocketFile::new(&path, false).unwrap();
-        file.leave();
-        assert!(path.exists());
-        drop(SocketFile::new(&path, true));
-        assert!(!dir.path().exists());
-    }
-
-    #[test]
-    fn a_full_backlog_is_not_stale() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
-        rustix::net::bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
-        assert!(nobody_listens(&path), "bound, not listening");
-        rustix::net::listen(&socket, 0).unwrap();
-        let mut waiting = Vec::new();
-        loop {
-            let one = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
-            if connect(&one, &SocketAddrUnix::new(&path).unwrap()).is_err() {
-                break;
-            }
-            waiting.push(one);
-        }
-        assert!(!nobody_listens(&path));
-        // Not just closed: a child that another test starts may hold the socket for a moment.
-        rustix::net::shutdown(&socket, rustix::net::Shutdown::Both).unwrap();
-        assert!(nobody_listens(&path));
-    }
 
     #[test]
     fn names_are_as_openssh_makes_them() {

@@ -15,10 +15,10 @@ use std::process::{Command, ExitCode, Stdio};
 use rustix::process::{Pid, chdir, setsid};
 
 use super::options::CommandLine;
-use super::socket::SocketFile;
 use super::{ENDED_BY_SIGNAL, Failure};
 use crate::daemon::{self, Foreground};
 use crate::sys::process;
+use crate::sys::socket_file::SocketFile;
 
 /// The first argument of a process that [`start`] started. Nothing that a person types: with a terminal or a file
 /// as standard input it ends at once.

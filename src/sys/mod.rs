@@ -1,6 +1,8 @@
 //! What the system needs: the clock, process hygiene, descriptors, foreign arithmetic. The only place with `unsafe`.
 
+pub mod activation;
 pub mod clock;
 pub mod peer;
 pub mod process;
 pub mod rsa;
+pub mod socket_file;

@@ -98,7 +98,8 @@ pub fn crypto_library() -> String {
     format!("AWS-LC {}", version.to_string_lossy())
 }
 
-fn listener(fd: OwnedFd) -> io::Result<UnixListener> {
+/// The socket, if it is a listening Unix stream socket.
+pub(super) fn listener(fd: OwnedFd) -> io::Result<UnixListener> {
     let fits = sockopt::socket_domain(&fd)? == AddressFamily::UNIX
         && sockopt::socket_type(&fd)? == SocketType::STREAM
         && sockopt::socket_acceptconn(&fd)?;
