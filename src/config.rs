@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use thiserror::Error;
 use toml::Spanned;
 
-use crate::public_key::FingerprintHash;
+use crate::{prompt::MAX_OPEN, public_key::FingerprintHash};
 
 /// A file longer than this is not a configuration, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -130,13 +130,13 @@ pub struct PromptConfig {
     pub askpass: Option<PathBuf>,
     /// How long a prompt stays open: 5 s to 1 h. Nobody answering is a refusal.
     pub timeout: Duration,
-    /// How many prompts one uid may have open: 1 to 64. Further requests wait for their turn.
+    /// How many prompts one uid may have open: 1 to 64. A request that needs one more is refused.
     pub max_per_uid: usize,
 }
 
 impl Default for PromptConfig {
     fn default() -> Self {
-        Self { askpass: None, timeout: Duration::from_secs(60), max_per_uid: 4 }
+        Self { askpass: None, timeout: Duration::from_secs(60), max_per_uid: MAX_OPEN }
     }
 }
 

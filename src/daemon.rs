@@ -24,7 +24,7 @@ pub use self::sockets::SocketError;
 use self::server::Server;
 use self::sockets::{Socket, Source};
 use crate::agent::door::Door;
-use crate::config::{AgentConfig, Config, PromptConfig};
+use crate::config::{Config, PromptConfig};
 use crate::log::{self, Log, Target};
 use crate::prompt;
 use crate::public_key::FingerprintHash;
@@ -161,7 +161,7 @@ struct OpenDoor {
 
 impl Agent {
     fn start(config: Config, sockets: Vec<Socket>, log: Log) -> io::Result<Self> {
-        let server = Server::new((&config.agent).into(), (&config.prompt).into())?;
+        let server = Server::new((&config).into(), (&config.prompt).into())?;
         let signals = {
             let _runtime = server.runtime().enter();
             Signals::new()?
@@ -217,7 +217,7 @@ impl Agent {
 
     fn put_in_force(&mut self, config: Config) {
         self.log.set_level(log::level(&config.log.level));
-        self.server.vault().configure((&config.agent).into());
+        self.server.vault().configure((&config).into());
         for open in &mut self.doors {
             open.put_in_force(&config);
         }
@@ -322,12 +322,13 @@ impl From<AgentOptions> for vault::Settings {
             default_lifetime: options.default_lifetime,
             allowed_providers: options.allowed_providers,
             allow_remote_providers: options.allow_remote_pkcs11,
+            person_deadline: prompt::Settings::default().timeout,
         }
     }
 }
 
-impl From<&AgentConfig> for vault::Settings {
-    fn from(config: &AgentConfig) -> Self {
+impl From<&Config> for vault::Settings {
+    fn from(Config { agent: config, prompt, .. }: &Config) -> Self {
         Self {
             rules: Rules {
                 restrict_websafe: config.restrict_websafe,
@@ -337,6 +338,7 @@ impl From<&AgentConfig> for vault::Settings {
             default_lifetime: config.default_lifetime,
             allowed_providers: config.allowed_providers.clone(),
             allow_remote_providers: config.allow_remote_pkcs11,
+            person_deadline: prompt.timeout,
         }
     }
 }
@@ -346,6 +348,7 @@ impl From<&PromptConfig> for prompt::Settings {
         Self {
             askpass: config.askpass.clone().map(Into::into),
             timeout: config.timeout,
+            max_per_uid: config.max_per_uid,
             environment: prompt::Environment::Process,
         }
     }

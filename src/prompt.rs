@@ -24,8 +24,8 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-/// Questions that may be open at once for one uid, and notices besides.
-const MAX_OPEN: usize = 16;
+/// Questions that may be open at once for one uid, and notices besides, unless the settings say otherwise.
+pub const MAX_OPEN: usize = 16;
 /// The longest answer, in bytes. FIDO PINs end at 63.
 const MAX_ANSWER: usize = 1024;
 /// How long a dismissed askpass may take to restore its terminal or window before it is killed.
@@ -54,7 +54,7 @@ pub enum PromptError {
     #[error("nobody answered the prompt in time")]
     TimedOut,
     /// This uid has too many questions open. Ask again when one is answered.
-    #[error("{MAX_OPEN} prompts are open already; answer or close one of them first")]
+    #[error("too many prompts are open already; answer or close one of them first")]
     TooMany,
 }
 
@@ -110,13 +110,20 @@ pub struct Settings {
     pub askpass: Option<OsString>,
     /// How long a question stays open.
     pub timeout: Duration,
+    /// Questions that may be open at once for one uid, and notices besides.
+    pub max_per_uid: usize,
     /// Where variables come from.
     pub environment: Environment,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { askpass: None, timeout: Duration::from_secs(60), environment: Environment::Process }
+        Self {
+            askpass: None,
+            timeout: Duration::from_secs(60),
+            max_per_uid: MAX_OPEN,
+            environment: Environment::Process,
+        }
     }
 }
 
@@ -158,7 +165,7 @@ impl Prompter {
     pub fn notice(&self, uid: u32, text: &str) -> Option<Notice> {
         let runtime = Handle::try_current().ok()?;
         self.settings.permit().inspect_err(|reason| tracing::debug!("no notice: {reason}")).ok()?;
-        let slot = self.notices.take(uid)?;
+        let slot = self.notices.take(uid, self.settings.max_per_uid)?;
         let (settings, text) = (self.settings.clone(), printable(text));
         let task = runtime.spawn(async move {
             match Askpass::start(settings, text, Some("none"), slot).await {
@@ -171,7 +178,7 @@ impl Prompter {
 
     async fn ask(&self, uid: u32, text: &str, hint: Option<&'static str>) -> Result<Zeroizing<Vec<u8>>, PromptError> {
         self.settings.permit()?;
-        let slot = self.questions.take(uid).ok_or(PromptError::TooMany)?;
+        let slot = self.questions.take(uid, self.settings.max_per_uid).ok_or(PromptError::TooMany)?;
         let answer = async {
             let mut askpass = Askpass::start(self.settings.clone(), printable(text), hint, slot).await?;
             askpass.answer().await.ok_or(PromptError::Denied)
@@ -355,10 +362,10 @@ async fn exited(child: Pid) {
 struct Open(Mutex<HashMap<u32, usize>>);
 
 impl Open {
-    fn take(self: &Arc<Self>, uid: u32) -> Option<Slot> {
+    fn take(self: &Arc<Self>, uid: u32, max: usize) -> Option<Slot> {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(uid).or_default();
-        (*count < MAX_OPEN).then(|| {
+        (*count < max).then(|| {
             *count += 1;
             Slot { uid, open: self.clone() }
         })

@@ -37,8 +37,6 @@ use seal::{Lock, SealKey};
 
 /// How long a signature may take when nobody has to be asked.
 const SIGN_DEADLINE: Duration = Duration::from_secs(30);
-/// How long it may take when a person has to confirm, touch or type a PIN.
-const HUMAN_DEADLINE: Duration = Duration::from_secs(60);
 /// A wrong unlock delays the next by this much more than the one before…
 const UNLOCK_DELAY: Duration = Duration::from_millis(100);
 /// …up to this.
@@ -57,6 +55,8 @@ pub struct Settings {
     pub allowed_providers: String,
     /// Whether a forwarded connection may name a provider.
     pub allow_remote_providers: bool,
+    /// How long a request may wait for a person to confirm, touch or type a PIN.
+    pub person_deadline: Duration,
 }
 
 /// What a request becomes: most are answered where they were read, the others by a future. Dropping the future cancels.
@@ -218,7 +218,8 @@ impl Vault {
         verdict: policy::Verdict,
     ) -> Result<Signature, Refusal> {
         let human = verdict.confirm.is_some() || matches!(identity.key, PrivateKey::Sk(_));
-        let deadline = Instant::now() + if human { HUMAN_DEADLINE } else { SIGN_DEADLINE };
+        let patience = if human { self.settings().person_deadline } else { SIGN_DEADLINE };
+        let deadline = Instant::now() + patience;
         let mut locks = self.locks.subscribe();
         let work = async {
             if let Some(question) = &verdict.confirm {
