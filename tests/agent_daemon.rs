@@ -1,6 +1,6 @@
 //! `strongroom agent`, against the built program: its sockets, signals, reload, and what it says to systemd.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
 mod support;
 
@@ -209,7 +209,8 @@ fn sighup_reloads_and_a_broken_configuration_changes_nothing() {
     agent.signal(Signal::HUP);
     assert!(place.notification().starts_with("RELOADING=1"));
     assert_eq!(place.notification(), "READY=1");
-    place.ssh_add(&socket, &["-l"]).fails_with(2);
+    let refused = place.ssh_add(&socket, &["-l"]).fails_with(1);
+    assert!(refused.stderr.contains("communication with agent failed"), "{refused:?}");
 
     fs::write(&config, format!("{listen}[[listen]]\npath = \"{}.other\"\n", socket.display())).unwrap();
     agent.signal(Signal::HUP);

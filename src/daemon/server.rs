@@ -127,10 +127,7 @@ fn admit(stream: UnixStream, door: Arc<Door>, vault: Arc<Vault>, permit: OwnedSe
             return;
         }
     };
-    let Some(caller) = door.admit(peer) else {
-        debug!(uid = peer.uid(), "not admitted");
-        return;
-    };
+    let Some(caller) = door.admit(peer) else { return };
     tokio::spawn(async move {
         session::serve(stream, vault, door, caller).await;
         drop(permit);
