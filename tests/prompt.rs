@@ -53,7 +53,11 @@ impl Desk {
         let askpass = (OsString::from("SSH_ASKPASS"), self.path("askpass").into_os_string());
         let others = variables.iter().map(|&(name, value)| (name.into(), value.into()));
         let environment: BTreeMap<OsString, OsString> = others.chain([askpass]).collect();
-        Settings { askpass: None, timeout: Duration::from_secs(20), environment: Environment::Only(environment) }
+        Settings {
+            timeout: Duration::from_secs(20),
+            environment: Environment::Only(environment),
+            ..Settings::default()
+        }
     }
 
     fn prompter(&self) -> Prompter {

@@ -2,7 +2,7 @@
 //! protocol byte by byte, an askpass that the test answers, and sshd on loopback.
 //!
 //! `STRONGROOM_TEST_AGENT=/usr/bin/ssh-agent` runs the same tests against another agent.
-#![allow(dead_code, unreachable_pub, reason = "each test program uses its own part of this")]
+#![allow(dead_code, unreachable_pub, clippy::print_stderr, reason = "each test program uses its own part of this")]
 
 pub mod agent;
 pub mod askpass;
