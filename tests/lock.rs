@@ -233,3 +233,22 @@ fn an_added_key_that_is_refused_leaves_the_memory() {
     assert_eq!(client.request(&key.add_message(b"refused", &[77])), [FAILURE]);
     assert!(!agent.memory_contains(&key.seed()));
 }
+
+#[test]
+fn a_key_that_is_removed_under_an_open_prompt_leaves_the_memory_and_does_not_sign() {
+    if !may_read_memory() {
+        return;
+    }
+    let mut askpass = Askpass::new();
+    let agent = Agent::start_with(|agent| askpass.serve(agent));
+    let key = Key::random();
+    let [mut asker, mut other] = [agent.connect(), agent.connect()];
+    asker.add(&key, "guarded", CONFIRM);
+    assert!(agent.memory_contains(&key.seed()), "the search cannot find what is there");
+    asker.send(&key.sign_message(b"data"));
+    askpass.next();
+    assert_eq!(other.request(&[REMOVE_ALL]), [SUCCESS]);
+    assert!(!agent.memory_contains(&key.seed()), "removed, and still there");
+    askpass.answer(0, "");
+    assert_eq!(asker.receive().unwrap(), [FAILURE]);
+}

@@ -63,9 +63,9 @@ enum State {
 }
 
 /// Parsed once, when the key is added. The seeds stay beside what aws-lc makes of them, since aws-lc-rs gives them
-/// back only in buffers that it does not wipe.
+/// back only in buffers that it does not wipe. They are boxed: a value that moves leaves copies on the stack.
 enum Signer {
-    Ed25519 { pair: Ed25519KeyPair, seed: Zeroizing<[u8; 32]> },
+    Ed25519 { pair: Ed25519KeyPair, seed: Zeroizing<Box<[u8]>> },
     Ecdsa { curve: Curve, pair: EcdsaKeyPair, scalar: Zeroizing<Box<[u8]>> },
     Rsa(RsaKey),
     MlDsa44Ed25519 { mldsa: Box<ml_dsa_44::PrivateKey>, ed25519: Ed25519KeyPair, seeds: Zeroizing<Box<[u8]>> },
@@ -131,9 +131,11 @@ impl SoftKey {
 
 impl Signer {
     fn ed25519(seed: &[u8], public: &[u8]) -> Result<Self, DeviceError> {
-        let bytes: &[u8; 32] = seed.try_into().map_err(|_| MISMATCH)?;
+        if seed.len() != 32 {
+            return Err(MISMATCH);
+        }
         let pair = Ed25519KeyPair::from_seed_and_public_key(seed, public).map_err(|_| MISMATCH)?;
-        Ok(Self::Ed25519 { pair, seed: Zeroizing::new(*bytes) })
+        Ok(Self::Ed25519 { pair, seed: Zeroizing::new(seed.into()) })
     }
 
     fn ecdsa(curve: Curve, scalar: &[u8], point: &[u8]) -> Result<Self, DeviceError> {
@@ -222,9 +224,8 @@ impl Signer {
     fn from_secret(key_type: KeyType, secret: &[u8]) -> Result<Self, DeviceError> {
         match key_type {
             KeyType::Ed25519 => {
-                let bytes: &[u8; 32] = secret.try_into().map_err(|_| MISMATCH)?;
                 let pair = Ed25519KeyPair::from_seed_unchecked(secret).map_err(|_| MISMATCH)?;
-                Ok(Self::Ed25519 { pair, seed: Zeroizing::new(*bytes) })
+                Ok(Self::Ed25519 { pair, seed: Zeroizing::new(secret.into()) })
             }
             KeyType::Ecdsa(curve) => {
                 let (scalar, point) = secret.split_at_checked(curve.scalar_len()).ok_or(MISMATCH)?;

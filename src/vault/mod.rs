@@ -41,6 +41,8 @@ const SIGN_DEADLINE: Duration = Duration::from_secs(30);
 const UNLOCK_DELAY: Duration = Duration::from_millis(100);
 /// …up to this.
 const UNLOCK_DELAY_MAX: Duration = Duration::from_secs(10);
+/// How long an unlock may wait for its turn.
+const UNLOCK_PATIENCE: Duration = Duration::from_secs(60);
 /// The expiry clock looks at least this often: timers stand still while the machine sleeps, lifetimes do not.
 const EXPIRY_TICK: Duration = Duration::from_secs(30);
 
@@ -105,7 +107,7 @@ pub struct Vault {
     /// Wakes the expiry clock when a lifetime begins.
     lifetimes: Notify,
     /// One unlock attempt at a time.
-    unlock_turn: Semaphore,
+    unlock_turn: Arc<Semaphore>,
 }
 
 #[derive(Default)]
@@ -137,7 +139,7 @@ impl Vault {
             prompter,
             locks: watch::Sender::new(0),
             lifetimes: Notify::new(),
-            unlock_turn: Semaphore::new(1),
+            unlock_turn: Arc::new(Semaphore::new(1)),
         })
     }
 
@@ -222,13 +224,21 @@ impl Vault {
         let deadline = Instant::now() + patience;
         let mut locks = self.locks.subscribe();
         let work = async {
-            if let Some(question) = &verdict.confirm {
-                self.prompter.confirm(caller.uid, question).await?;
-                // The key may have been removed, replaced or have expired while the question stood.
-                if !Arc::ptr_eq(&identity, &self.find(&caller, &identity.blob)?) {
-                    return Err(Refusal::NoSuchKey);
+            let identity = match &verdict.confirm {
+                Some(question) => {
+                    // Not held while a person thinks: a key that is removed meanwhile is wiped at once.
+                    let asked_for = Arc::downgrade(&identity);
+                    drop(identity);
+                    self.prompter.confirm(caller.uid, question).await?;
+                    let identity = asked_for.upgrade().ok_or(Refusal::NoSuchKey)?;
+                    // Nor is one used that was replaced, perhaps under other constraints, or that has expired.
+                    if !Arc::ptr_eq(&identity, &self.find(&caller, &identity.blob)?) {
+                        return Err(Refusal::NoSuchKey);
+                    }
+                    identity
                 }
-            }
+                None => identity,
+            };
             match &identity.key {
                 PrivateKey::Soft(key) => {
                     let key = Arc::clone(key);
@@ -444,14 +454,19 @@ impl Vault {
         if !policy::may_lock(&caller) {
             return Err(Refusal::NotForForwarded);
         }
-        let _turn = self.unlock_turn.acquire().await.map_err(|_| Refusal::Locked)?;
-        // The delay is the vault's, not the caller's: hanging up does not shorten it.
+        let turn = timeout_at(Instant::now() + UNLOCK_PATIENCE, Arc::clone(&self.unlock_turn).acquire_owned());
+        let turn = turn.await.map_err(|_| Refusal::Timeout)?.map_err(|_| Refusal::Locked)?;
+        // The delay is the vault's, not the caller's, and the turn ends with the attempt: hanging up shortens neither.
         let next_unlock = self.read().next_unlock;
         if let Some(at) = next_unlock {
             sleep_until(at).await;
         }
         let vault = Arc::clone(&self);
-        let opened = tokio::task::spawn_blocking(move || vault.try_unlock(&password));
+        let opened = tokio::task::spawn_blocking(move || {
+            let result = vault.try_unlock(&password);
+            drop(turn);
+            result
+        });
         match opened.await.unwrap_or(Err(Refusal::Locked)) {
             Err(Refusal::WrongPassword) => {
                 let at = self.read().next_unlock;
@@ -556,5 +571,43 @@ impl From<PromptError> for Refusal {
             PromptError::TooMany => Self::TooManyPrompts,
             PromptError::Unavailable(why) => Self::NoPrompt(why.to_string()),
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn vault() -> Arc<Vault> {
+        let settings = Settings {
+            rules: Rules::default(),
+            default_lifetime: None,
+            allowed_providers: String::new(),
+            allow_remote_providers: false,
+            person_deadline: Duration::from_secs(60),
+        };
+        Vault::new(settings, Prompter::new(crate::prompt::Settings::default()))
+    }
+
+    fn password(text: &str) -> Zeroizing<Vec<u8>> {
+        Zeroizing::new(text.into())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_hangs_up_gets_no_second_try_beside_the_first() {
+        let (vault, caller) = (vault(), Arc::new(Caller::default()));
+        Arc::clone(&vault).lock(Arc::clone(&caller), password("right")).await.unwrap();
+        let attempt = tokio::spawn(Arc::clone(&vault).unlock(Arc::clone(&caller), password("wrong")));
+        while vault.unlock_turn.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        attempt.abort();
+        // The turn comes when the attempt is over and counted, not when its caller has gone.
+        let turn = vault.unlock_turn.acquire().await.unwrap();
+        assert_eq!(vault.read().failures, 1);
+        assert!(vault.read().next_unlock.is_some());
+        drop(turn);
+        assert_eq!(Arc::clone(&vault).unlock(caller, password("right")).await, Ok(()));
     }
 }
