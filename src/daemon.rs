@@ -217,7 +217,10 @@ impl Agent {
 
     fn put_in_force(&mut self, config: Config) {
         self.log.set_level(log::level(&config.log.level));
-        self.server.vault().configure((&config).into());
+        let mut settings = vault::Settings::from(&config);
+        // As long as the prompts themselves keep their old settings, so does what waits for them.
+        settings.person_deadline = self.server.vault().settings().person_deadline;
+        self.server.vault().configure(settings);
         for open in &mut self.doors {
             open.put_in_force(&config);
         }

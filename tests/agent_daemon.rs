@@ -209,8 +209,9 @@ fn sighup_reloads_and_a_broken_configuration_changes_nothing() {
     agent.signal(Signal::HUP);
     assert!(place.notification().starts_with("RELOADING=1"));
     assert_eq!(place.notification(), "READY=1");
-    let refused = place.ssh_add(&socket, &["-l"]).fails_with(1);
-    assert!(refused.stderr.contains("communication with agent failed"), "{refused:?}");
+    // It may fail in reading or die of SIGPIPE in writing, as the closing comes late or early.
+    assert_ne!(place.ssh_add(&socket, &["-l"]).code, Some(0));
+    agent.eventually_logs("refused a connection of a foreign uid");
 
     fs::write(&config, format!("{listen}[[listen]]\npath = \"{}.other\"\n", socket.display())).unwrap();
     agent.signal(Signal::HUP);

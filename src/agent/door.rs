@@ -1,6 +1,12 @@
 //! What a listening socket admits: uids, programs, keys, messages. Knows the peer's credentials and no request.
 
-use std::{ffi::OsStr, sync::Arc};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use rustix::process::geteuid;
 use tokio::net::unix::UCred;
@@ -23,22 +29,23 @@ pub struct Door {
     kind: DoorKind,
     uids: Vec<u32>,
     keys: Option<Arc<[String]>>,
-    messages: Vec<String>,
 }
 
 impl Door {
     /// The drop-in's only door: the standard messages for our own uid and root.
     pub fn ssh_agent() -> Self {
-        Self { kind: DoorKind::Ssh, uids: vec![geteuid().as_raw(), 0], keys: None, messages: Vec::new() }
+        Self { kind: DoorKind::Ssh, uids: vec![geteuid().as_raw(), 0], keys: None }
     }
 
     /// The door that the configuration describes.
     pub fn new(listen: &Listen) -> Self {
+        for message in &listen.messages {
+            warn!(message, "the configuration opens a message that this version does not have");
+        }
         Self {
             kind: listen.door,
             uids: listen.uids.clone(),
             keys: listen.keys.as_ref().map(|keys| keys.as_slice().into()),
-            messages: listen.messages.clone(),
         }
     }
 
@@ -48,7 +55,10 @@ impl Door {
             warn!(uid = cred.uid(), pid = cred.pid(), "refused a connection of a foreign uid");
             return None;
         }
-        let mut caller = Caller { uid: cred.uid(), pid: cred.pid(), keys: self.keys.clone(), ..Caller::default() };
+        static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+        let connection = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
+        let (uid, pid, keys) = (cred.uid(), cred.pid(), self.keys.clone());
+        let mut caller = Caller { connection, uid, pid, keys, ..Caller::default() };
         if self.kind == DoorKind::Service {
             caller.program = caller.pid.and_then(peer::program);
             caller.denied = self.is_fenced_off(&caller);
@@ -59,9 +69,14 @@ impl Door {
     /// The service door's second fence: an agent socket that was forwarded by mistake is of no use to the far side.
     /// Another user's program is known by its short name only, which is enough against honest programs.
     fn is_fenced_off(&self, caller: &Caller) -> bool {
-        let short = || caller.pid.and_then(peer::short_name);
-        let name = caller.program.as_deref().and_then(|p| p.file_name()).map(OsStr::to_os_string).or_else(short);
-        let fenced = name.as_deref().is_none_or(|name| SSH_PROGRAMS.iter().any(|ssh| name == *ssh));
+        let exe = caller.program.as_deref().and_then(Path::file_name).map(|name| {
+            let name = name.to_string_lossy();
+            // A program that was replaced by a newer one while it ran.
+            name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned()
+        });
+        let names = [exe, caller.pid.and_then(peer::short_name)];
+        let mut known = names.iter().flatten().peekable();
+        let fenced = known.peek().is_none() || known.any(|name| SSH_PROGRAMS.contains(&name.as_str()));
         if fenced {
             warn!(pid = caller.pid, "refused an ssh program, or one that cannot be read, at the service door");
         }
@@ -76,10 +91,5 @@ impl Door {
     /// The extensions spoken here, as `query` lists them.
     pub fn extensions(&self) -> impl Iterator<Item = &str> {
         [QUERY, SESSION_BIND].into_iter().filter(|name| *name != SESSION_BIND || self.binds_sessions())
-    }
-
-    /// Extension names that the configuration opens here beyond those of the door's kind.
-    pub fn extra_messages(&self) -> &[String] {
-        &self.messages
     }
 }

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     devices::{DeviceError, Hash, Signature, sk::SkKey},
-    public_key::{FingerprintHash, fingerprint},
+    public_key::{FingerprintHash, KeyType, fingerprint},
     vault::{
         Answer, Candidate, Signing, Vault,
         key::{Caller, PrivateKey},
@@ -39,6 +39,8 @@ const MAX_IN_FLIGHT: usize = 64;
 const MAX_UNSENT: usize = 1 << 20;
 /// What one read takes: enough for a burst of requests, little enough that no connection keeps its thread for long.
 const READ_SIZE: usize = 32 * 1024;
+/// Frames handled in one turn; then other connections have theirs.
+const TURN: usize = 64;
 /// A reply buffer that grew beyond this goes back to the allocator.
 const KEPT_CAPACITY: usize = 64 * 1024;
 
@@ -62,6 +64,7 @@ where
         barrier: false,
         out: Vec::new(),
         sent: 0,
+        budget: TURN,
     };
     poll_fn(|cx| connection.poll(cx)).await;
 }
@@ -83,6 +86,8 @@ struct Connection<S> {
     barrier: bool,
     out: Vec<u8>,
     sent: usize,
+    /// Frames that may still be handled before other connections have their turn.
+    budget: usize,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -90,6 +95,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if self.out.capacity() == 0 {
             self.out = WRITE_BUFFER.take();
         }
+        self.budget = TURN;
         let polled = self.poll_inner(cx);
         if self.out.is_empty() {
             let spare = std::mem::take(&mut self.out);
@@ -113,11 +119,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     continue;
                 }
             }
+            let held = !self.backlog.bytes().is_empty() && self.is_full();
             let unsent = match self.poll_write(cx) {
                 Poll::Ready(Ok(())) => 0,
                 Poll::Ready(Err(())) => return Poll::Ready(()),
                 Poll::Pending => self.out.len() - self.sent,
             };
+            if self.budget == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            // What was written may have made room for frames that wait; nothing else would wake us for them.
+            if held && !self.is_full() {
+                continue;
+            }
             // Reading goes on while something waits, so that a hang-up is noticed.
             if unsent >= MAX_UNSENT || self.backlog.bytes().len() > MAX_FRAME + 4 {
                 return Poll::Pending;
@@ -130,7 +145,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Whether no further frame may be handled now.
     fn is_full(&self) -> bool {
-        self.barrier || self.replies.len() >= MAX_IN_FLIGHT || self.out.len() - self.sent >= MAX_UNSENT
+        self.barrier
+            || self.budget == 0
+            || self.replies.len() >= MAX_IN_FLIGHT
+            || self.out.len() - self.sent >= MAX_UNSENT
     }
 
     /// Moves replies that are due into the output.
@@ -218,6 +236,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 }
             }
             taken += 4 + body.len();
+            self.budget -= 1;
         }
         // A future begins when it is polled: whoever handled frames polls the replies before it sleeps.
         Ok(taken)
@@ -253,15 +272,20 @@ impl Session {
         match request {
             Request::Sign(request) => return self.sign(&request, out),
             Request::List => self.list(out),
-            Request::Add(request) => self.done("add", self.add(&request), out),
+            Request::Add(request) if is_slow(&request) => return Some(self.add_later(body)),
+            Request::Add(request) => {
+                let added = self.vault.check_open().and_then(|()| add(&self.vault, &self.caller, &request, None));
+                self.done("add", added, out);
+            }
             Request::Remove(blob) => self.done("remove", self.vault.remove(&self.caller, blob), out),
             Request::RemoveAll => self.done("remove-all", self.vault.remove_all(&self.caller), out),
-            Request::AddSmartcard(request) => {
-                let refused = self.vault.approve_provider(&self.caller, request.provider).and(Err(NO_PKCS11()));
+            Request::AddSmartcard(_) => {
+                let refused = self.vault.check_remote_provider(&self.caller).and(Err(NO_PKCS11()));
                 self.done("add-smartcard", refused, out);
             }
-            Request::RemoveSmartcard(request) => {
-                self.done("remove-smartcard", self.vault.remove_provider(request.provider), out);
+            // No provider has been loaded, so whatever is named has no keys here, as ssh-agent says too.
+            Request::RemoveSmartcard(_) => {
+                self.done("remove-smartcard", self.vault.check_remote_provider(&self.caller), out);
             }
             Request::Lock(password) => {
                 let lock = Arc::clone(&self.vault).lock(Arc::clone(&self.caller), Zeroizing::new(password.to_vec()));
@@ -309,36 +333,26 @@ impl Session {
         }));
     }
 
-    fn add(&self, request: &AddRequest<'_>) -> Result<(), Refusal> {
-        self.vault.check_open()?;
-        let constraints = &request.constraints;
-        if constraints.associated_certs.is_some() {
-            return Err(Refusal::Constraint("associated-certs"));
-        }
-        let key = match &request.private {
-            PrivateParts::Soft(_) if constraints.sk_provider.is_some() => {
-                return Err(Refusal::Constraint("sk-provider"));
-            }
-            PrivateParts::Soft(parts) => soft_key(parts)?,
-            PrivateParts::Sk { public, application, flags, key_handle, reserved } => {
-                let provider = match constraints.sk_provider {
-                    None => "internal".to_owned(),
-                    Some(name) if name.eq_ignore_ascii_case("internal") => "internal".to_owned(),
-                    Some(path) => self.vault.approve_provider(&self.caller, path)?,
-                };
-                let handle = Zeroizing::new(key_handle.to_vec());
-                PrivateKey::Sk(Arc::new(SkKey::new(public, application, *flags, handle, reserved, provider)?))
-            }
-        };
-        let candidate = Candidate {
-            blob: request.blob.clone(),
-            key_type: request.key_type,
-            comment: request.comment,
-            lifetime: constraints.lifetime,
-            confirm: constraints.confirm,
-            destinations: constraints.destinations.clone().unwrap_or_default(),
-        };
-        self.vault.add(&self.caller, candidate, key)
+    /// Adds a key whose checking takes long, or whose provider's path leads to who knows what file system.
+    fn add_later(&self, body: &[u8]) -> Later {
+        let (vault, caller) = (Arc::clone(&self.vault), Arc::clone(&self.caller));
+        let body = Zeroizing::new(body.to_vec());
+        self.done_later("add", async move {
+            vault.check_open()?;
+            let provider = match Request::read(&body) {
+                Ok(Request::Add(request)) => request.constraints.sk_provider.filter(|path| is_path(path)),
+                _ => None,
+            };
+            let provider = match provider {
+                Some(path) => Some(vault.approve_provider(&caller, path).await?),
+                None => None,
+            };
+            let added = tokio::task::spawn_blocking(move || match Request::read(&body) {
+                Ok(Request::Add(request)) => add(&vault, &caller, &request, provider),
+                _ => Err(Refusal::NoSuchKey),
+            });
+            added.await.unwrap_or(Err(Refusal::Timeout))
+        })
     }
 
     fn extension(&mut self, name: &[u8], body: &[u8], out: &mut Vec<u8>) {
@@ -382,6 +396,42 @@ impl Session {
             out
         })
     }
+}
+
+/// Whether adding the key is more than some ten microseconds' work.
+fn is_slow(request: &AddRequest<'_>) -> bool {
+    matches!(request.key_type, KeyType::Rsa | KeyType::MlDsa44Ed25519) || request.constraints.sk_provider.is_some()
+}
+
+/// Whether a FIDO provider is a library rather than the helper's own.
+fn is_path(provider: &str) -> bool {
+    !provider.eq_ignore_ascii_case("internal")
+}
+
+/// Adds the key of a request. `provider` is the approved library of a FIDO key; without one it is the helper's own.
+fn add(vault: &Vault, caller: &Caller, request: &AddRequest<'_>, provider: Option<String>) -> Result<(), Refusal> {
+    let constraints = &request.constraints;
+    if constraints.associated_certs.is_some() {
+        return Err(Refusal::Constraint("associated-certs"));
+    }
+    let key = match &request.private {
+        PrivateParts::Soft(_) if constraints.sk_provider.is_some() => return Err(Refusal::Constraint("sk-provider")),
+        PrivateParts::Soft(parts) => soft_key(parts)?,
+        PrivateParts::Sk { public, application, flags, key_handle, reserved } => {
+            let provider = provider.unwrap_or_else(|| "internal".to_owned());
+            let handle = Zeroizing::new(key_handle.to_vec());
+            PrivateKey::Sk(Arc::new(SkKey::new(public, application, *flags, handle, reserved, provider)?))
+        }
+    };
+    let candidate = Candidate {
+        blob: request.blob.clone(),
+        key_type: request.key_type,
+        comment: request.comment.into(),
+        lifetime: constraints.lifetime,
+        confirm: constraints.confirm,
+        destinations: constraints.destinations.clone().unwrap_or_default(),
+    };
+    vault.add(caller, candidate, key)
 }
 
 const NO_PKCS11: fn() -> Refusal =

@@ -18,11 +18,11 @@ use crate::prompt::{self, Prompter};
 use crate::vault::{self, Vault};
 
 /// Threads for what blocks: arithmetic of the lock, files.
-const BLOCKING_THREADS: usize = 8;
+const BLOCKING_THREADS: usize = 64;
 /// As many descriptors as this are used, where the system allows them.
 const MAX_DESCRIPTORS: u64 = 65_536;
 /// Descriptors for everything but connections: standard streams, the runtime, prompts, helpers of security keys.
-const RESERVED_DESCRIPTORS: u64 = 32;
+const RESERVED_DESCRIPTORS: u64 = 128;
 /// The pause after a connection could not be accepted: at first…
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// …and at most, doubled each time.

@@ -7,13 +7,10 @@ use std::{
     thread,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tracing::error;
 
 use super::DeviceError;
-
-/// Jobs that may wait at once; more callers wait for a place, in the order they came, up to their own deadline.
-const QUEUE: usize = 1024;
 
 /// Steps of niceness. Measured: enough for quick signatures to keep their rate beside a flood of RSA-4096, while
 /// SCHED_IDLE would leave RSA nothing on a busy machine.
@@ -23,42 +20,65 @@ type Job = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct Queue {
-    jobs: Mutex<VecDeque<Job>>,
+    jobs: Mutex<Turns>,
     ready: Condvar,
+}
+
+/// Jobs by who wants them. Each has a turn for one job, so that a flood of one holds up the others by a job apiece.
+/// Their number is bounded by what a connection may have in flight.
+#[derive(Default)]
+struct Turns(VecDeque<(u64, VecDeque<Job>)>);
+
+impl Turns {
+    fn push(&mut self, owner: u64, job: Job) {
+        match self.0.iter_mut().find(|(other, _)| *other == owner) {
+            Some((_, jobs)) => jobs.push_back(job),
+            None => self.0.push_back((owner, VecDeque::from([job]))),
+        }
+    }
+
+    fn pop(&mut self) -> Option<Job> {
+        let (owner, mut jobs) = self.0.pop_front()?;
+        let job = jobs.pop_front();
+        if !jobs.is_empty() {
+            self.0.push_back((owner, jobs));
+        }
+        job
+    }
 }
 
 /// The pool. Its threads start with its first job and live as long as the process.
 pub struct Compute {
     threads: usize,
-    places: Arc<Semaphore>,
     queue: OnceLock<Arc<Queue>>,
 }
 
 impl Compute {
     /// A pool of one thread for each core.
     pub fn new() -> Self {
-        Self {
-            threads: thread::available_parallelism().map_or(1, usize::from),
-            places: Arc::new(Semaphore::new(QUEUE)),
-            queue: OnceLock::new(),
-        }
+        Self { threads: thread::available_parallelism().map_or(1, usize::from), queue: OnceLock::new() }
     }
 
-    /// Runs `work` on the pool. When the caller gives up, work that has not begun is dropped, and the result of work
+    /// Runs `work` on the pool, in turn with that of other owners. When the caller gives up, work that has not begun is dropped, and the result of work
     /// that has is.
     pub async fn run<T: Send + 'static>(
         &self,
+        owner: u64,
         work: impl FnOnce() -> Result<T, DeviceError> + Send + 'static,
     ) -> Result<T, DeviceError> {
-        let place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| DeviceError::Busy)?;
         let (sender, receiver) = oneshot::channel();
-        self.push(Box::new(move || finish(place, sender, work)));
+        let job = move || {
+            if !sender.is_closed() {
+                let _ = sender.send(work());
+            }
+        };
+        self.push(owner, Box::new(job));
         receiver.await.unwrap_or_else(|_| Err(DeviceError::Failed("the computation died".into())))
     }
 
-    fn push(&self, job: Job) {
+    fn push(&self, owner: u64, job: Job) {
         let queue = self.queue.get_or_init(|| self.start());
-        queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).push_back(job);
+        queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).push(owner, job);
         queue.ready.notify_one();
     }
 
@@ -80,26 +100,13 @@ impl Default for Compute {
     }
 }
 
-fn finish<T>(
-    place: OwnedSemaphorePermit,
-    sender: oneshot::Sender<Result<T, DeviceError>>,
-    work: impl FnOnce() -> Result<T, DeviceError>,
-) {
-    if !sender.is_closed() {
-        let result = work();
-        // Free the place first, so that whoever reads the result finds it free.
-        drop(place);
-        let _ = sender.send(result);
-    }
-}
-
 fn serve(queue: &Queue) {
     // Works on the calling thread only and needs no privilege; without it the pool is merely less polite.
     let _ = rustix::process::nice(NICE);
     loop {
         let mut jobs = queue.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let job = loop {
-            match jobs.pop_front() {
+            match jobs.pop() {
                 Some(job) => break job,
                 None => jobs = queue.ready.wait(jobs).unwrap_or_else(PoisonError::into_inner),
             }
@@ -107,5 +114,24 @@ fn serve(queue: &Queue) {
         drop(jobs);
         // A panic must not shrink the pool; its caller learns that the computation died.
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn owners_take_turns() {
+        let (order, mut turns) = (Arc::new(Mutex::new(Vec::new())), Turns::default());
+        for (owner, name) in [(1, "a1"), (1, "a2"), (1, "a3"), (2, "b1"), (3, "c1"), (2, "b2")] {
+            let order = Arc::clone(&order);
+            turns.push(owner, Box::new(move || order.lock().unwrap().push(name)));
+        }
+        while let Some(job) = turns.pop() {
+            job();
+        }
+        assert_eq!(*order.lock().unwrap(), ["a1", "b1", "c1", "a2", "b2", "a3"]);
     }
 }

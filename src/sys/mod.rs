@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod clock;
+pub mod memory;
 pub mod peer;
 pub mod process;
 pub mod rsa;

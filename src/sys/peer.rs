@@ -9,7 +9,7 @@ pub fn program(pid: i32) -> Option<PathBuf> {
 }
 
 /// The short name of a process, which every user can read and which the process can change.
-pub fn short_name(pid: i32) -> Option<std::ffi::OsString> {
+pub fn short_name(pid: i32) -> Option<String> {
     let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-    Some(name.trim_end().into())
+    Some(name.trim_end().to_owned())
 }

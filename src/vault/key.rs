@@ -124,6 +124,8 @@ pub struct Bind {
 /// Who asks: one connection, seen from the vault.
 #[derive(Clone, Debug, Default)]
 pub struct Caller {
+    /// Tells connections apart for as long as the process lives.
+    pub connection: u64,
     /// The uid at the other end of the socket (SO_PEERCRED).
     pub uid: u32,
     /// Its process, where the system says.
@@ -138,11 +140,4 @@ pub struct Caller {
     pub denied: bool,
     /// Whether a bind was ever tried here, accepted or not: from then on the connection counts as remote.
     pub bind_attempted: bool,
-}
-
-impl Caller {
-    /// Whether requests come, or may come, from another machine.
-    pub fn is_forwarded(&self) -> bool {
-        self.binds.last().is_some_and(|b| b.forwarding)
-    }
 }

@@ -9,15 +9,18 @@ use std::{
 
 use indexmap::IndexSet;
 
-use super::key::Identity;
+use super::key::{Hop, Identity};
 
 /// Identities a keyring holds at most: a bound on the memory that adding can cost.
 pub const MAX_IDENTITIES: usize = 65_536;
+/// Bytes of blobs, comments and destinations that it holds at most.
+pub const MAX_BYTES: usize = 64 << 20;
 
 /// All identities. Whatever has expired by the `now` of a call is gone before the call does anything.
 #[derive(Default)]
 pub struct Keyring {
     set: IndexSet<ByBlob>,
+    bytes: usize,
     next_expiry: Option<Duration>,
     listing: OnceLock<Arc<Listing>>,
 }
@@ -65,7 +68,7 @@ impl Hash for ByBlob {
     }
 }
 
-/// The keyring holds [`MAX_IDENTITIES`] already.
+/// The keyring holds [`MAX_IDENTITIES`] or [`MAX_BYTES`] already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
@@ -78,11 +81,21 @@ impl Keyring {
 
     /// Adds an identity at the end, or puts it in the place of the one with the same blob.
     pub fn insert(&mut self, identity: Arc<Identity>) -> Result<(), Full> {
-        if self.set.len() >= MAX_IDENTITIES && !self.set.contains(&*identity.blob) {
+        let old = self.set.get(&*identity.blob).map_or(0, |old| size(&old.0));
+        let bytes = self.bytes - old + size(&identity);
+        if bytes > MAX_BYTES || (old == 0 && self.set.len() >= MAX_IDENTITIES) {
             return Err(Full);
         }
-        self.set.replace(ByBlob(identity));
-        self.changed();
+        self.bytes = bytes;
+        let expires = identity.constraints.expires;
+        match self.set.replace(ByBlob(identity)) {
+            // Nothing else depends on all the others: ten thousand additions take ten thousand steps.
+            None => {
+                self.next_expiry = self.next_expiry.into_iter().chain(expires).min();
+                self.listing = OnceLock::new();
+            }
+            Some(_) => self.changed(),
+        }
         Ok(())
     }
 
@@ -144,7 +157,15 @@ impl Keyring {
     fn changed(&mut self) {
         self.listing = OnceLock::new();
         self.next_expiry = self.iter().filter_map(|identity| identity.constraints.expires).min();
+        self.bytes = self.iter().map(|identity| size(identity)).sum();
     }
+}
+
+/// What an identity's sender decided the size of.
+fn size(identity: &Identity) -> usize {
+    let hop = |hop: &Hop| hop.user.len() + hop.host.len() + hop.keys.iter().map(|key| key.blob.len()).sum::<usize>();
+    let destinations = identity.constraints.destinations.iter();
+    identity.blob.len() + identity.comment.len() + destinations.map(|d| hop(&d.from) + hop(&d.to)).sum::<usize>()
 }
 
 #[cfg(test)]

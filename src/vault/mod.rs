@@ -11,17 +11,17 @@ pub mod seal;
 
 use std::{
     future::Future,
-    path::Path,
     pin::Pin,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    thread,
     time::{Duration, SystemTime},
 };
 
 use tokio::{
-    sync::{Notify, Semaphore, watch},
-    time::{Instant, sleep, sleep_until, timeout_at},
+    sync::{Notify, Semaphore, oneshot, watch},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -41,6 +41,8 @@ const SIGN_DEADLINE: Duration = Duration::from_secs(30);
 const UNLOCK_DELAY: Duration = Duration::from_millis(100);
 /// …up to this.
 const UNLOCK_DELAY_MAX: Duration = Duration::from_secs(10);
+/// How long the file system may take to resolve a path.
+const PATH_PATIENCE: Duration = Duration::from_secs(5);
 /// How long an unlock may wait for its turn.
 const UNLOCK_PATIENCE: Duration = Duration::from_secs(60);
 /// The expiry clock looks at least this often: timers stand still while the machine sleeps, lifetimes do not.
@@ -81,13 +83,13 @@ pub struct Signing<'a> {
 }
 
 /// A key that somebody wants to add.
-pub struct Candidate<'a> {
+pub struct Candidate {
     /// The identity's blob.
     pub blob: Vec<u8>,
     /// The key's type.
     pub key_type: KeyType,
     /// Comment, without NUL.
-    pub comment: &'a [u8],
+    pub comment: Box<[u8]>,
     /// Seconds to live; `None` for the default.
     pub lifetime: Option<u32>,
     /// Ask before each use.
@@ -185,6 +187,12 @@ impl Vault {
         identity.cloned().ok_or(Refusal::NoSuchKey)
     }
 
+    /// Whether the vault still holds this very identity.
+    fn check_same(&self, caller: &Caller, identity: &Arc<Identity>) -> Result<(), Refusal> {
+        let held = self.find(caller, &identity.blob)?;
+        if Arc::ptr_eq(identity, &held) { Ok(()) } else { Err(Refusal::NoSuchKey) }
+    }
+
     /// Signs, after policy has agreed and whoever must be asked has. The one path for the use of a key.
     pub fn sign(self: &Arc<Self>, caller: &Arc<Caller>, signing: Signing<'_>) -> Answer<Result<Signature, Refusal>> {
         let identity = match self.find(caller, signing.blob) {
@@ -198,6 +206,11 @@ impl Vault {
         {
             return Answer::Now(key.sign(scheme, signing.data).map_err(Refusal::from));
         }
+        // From here on a lock is noticed; one that came first is found by looking again.
+        let locks = self.locks.subscribe();
+        if let Err(refusal) = self.check_open() {
+            return Answer::Now(Err(refusal));
+        }
         let caller = if identity.is_unconstrained() { Arc::clone(caller) } else { identified(caller) };
         match policy::decide(&identity, &caller, signing.data, &self.settings().rules, unix_now()) {
             Ok(verdict) => Answer::Later(Box::pin(Arc::clone(self).sign_later(
@@ -206,6 +219,7 @@ impl Vault {
                 scheme,
                 signing.data.to_vec(),
                 verdict,
+                locks,
             ))),
             Err(refusal) => Answer::Now(Err(refusal)),
         }
@@ -218,11 +232,11 @@ impl Vault {
         scheme: Scheme,
         data: Vec<u8>,
         verdict: policy::Verdict,
+        mut locks: watch::Receiver<u64>,
     ) -> Result<Signature, Refusal> {
         let human = verdict.confirm.is_some() || matches!(identity.key, PrivateKey::Sk(_));
         let patience = if human { self.settings().person_deadline } else { SIGN_DEADLINE };
         let deadline = Instant::now() + patience;
-        let mut locks = self.locks.subscribe();
         let work = async {
             let identity = match &verdict.confirm {
                 Some(question) => {
@@ -232,9 +246,7 @@ impl Vault {
                     self.prompter.confirm(caller.uid, question).await?;
                     let identity = asked_for.upgrade().ok_or(Refusal::NoSuchKey)?;
                     // Nor is one used that was replaced, perhaps under other constraints, or that has expired.
-                    if !Arc::ptr_eq(&identity, &self.find(&caller, &identity.blob)?) {
-                        return Err(Refusal::NoSuchKey);
-                    }
+                    self.check_same(&caller, &identity)?;
                     identity
                 }
                 None => identity,
@@ -242,7 +254,7 @@ impl Vault {
             match &identity.key {
                 PrivateKey::Soft(key) => {
                     let key = Arc::clone(key);
-                    Ok(self.compute.run(move || key.sign(scheme, &data)).await?)
+                    Ok(self.compute.run(caller.connection, move || key.sign(scheme, &data)).await?)
                 }
                 PrivateKey::Sk(key) => self.sign_sk(&identity, key, &caller, &data, deadline).await,
             }
@@ -256,7 +268,7 @@ impl Vault {
     /// Signs with an authenticator: a notice while it waits for a touch, a PIN when it asks for one, once.
     async fn sign_sk(
         &self,
-        identity: &Identity,
+        identity: &Arc<Identity>,
         key: &SkKey,
         caller: &Caller,
         data: &[u8],
@@ -274,6 +286,7 @@ impl Vault {
                 drop(shown);
                 let question = policy::pin_question(identity, caller, rules, key.wants_touch());
                 let pin = self.prompter.pin(caller.uid, &question).await?;
+                self.check_same(caller, identity)?;
                 let _shown = notice();
                 Ok(key.sign(data, Some(&pin), deadline).await?)
             }
@@ -305,12 +318,12 @@ impl Vault {
     }
 
     /// Adds a key, or replaces everything but the place of the one with the same blob.
-    pub fn add(&self, caller: &Caller, candidate: Candidate<'_>, key: PrivateKey) -> Result<(), Refusal> {
+    pub fn add(&self, caller: &Caller, candidate: Candidate, key: PrivateKey) -> Result<(), Refusal> {
         let lifetime = candidate.lifetime.map(|s| Duration::from_secs(s.into())).or(self.settings().default_lifetime);
         let identity = Arc::new(Identity {
             key_type: candidate.key_type,
             key,
-            comment: candidate.comment.into(),
+            comment: candidate.comment,
             constraints: key::Constraints {
                 expires: lifetime.map(|lifetime| clock::now() + lifetime),
                 confirm: candidate.confirm,
@@ -340,31 +353,35 @@ impl Vault {
         }
     }
 
-    /// Whether a provider library may be loaded for this caller; returns its real path.
-    pub fn approve_provider(&self, caller: &Caller, provider: &str) -> Result<String, Refusal> {
+    /// Whether a provider library may be loaded for this caller; returns its real path. The file system may hang where
+    /// a path leads, so that is looked at elsewhere and not for long.
+    pub async fn approve_provider(&self, caller: &Caller, provider: &str) -> Result<String, Refusal> {
+        self.check_remote_provider(caller)?;
+        let refused = |why: &dyn std::fmt::Display| {
+            Refusal::Provider(format!("{}: {why}", policy::harmless(provider.as_bytes())))
+        };
+        let real = match timeout(PATH_PATIENCE, tokio::fs::canonicalize(provider)).await {
+            Ok(real) => real.map_err(|e| refused(&e))?,
+            Err(_) => return Err(refused(&"the file system does not answer")),
+        };
+        let real = real.to_str().ok_or_else(|| refused(&"its path is not UTF-8"))?;
         let settings = self.settings();
-        if caller.bind_attempted && !settings.allow_remote_providers {
-            return Err(Refusal::NotForForwarded);
-        }
-        let real = Path::new(provider)
-            .canonicalize()
-            .map_err(|e| Refusal::Provider(format!("{}: {e}", policy::harmless(provider.as_bytes()))))?;
-        let real = real.to_str().ok_or_else(|| Refusal::Provider("its path is not UTF-8".into()))?;
         if !policy::provider_allowed(real, &settings.allowed_providers) {
-            return Err(Refusal::Provider(format!(
-                "{} is outside the allowed paths ({}); `ssh-agent -P` or `allowed_providers` names others",
-                policy::harmless(real.as_bytes()),
-                settings.allowed_providers
-            )));
+            let allowed = &settings.allowed_providers;
+            let why =
+                format!("not among the allowed paths ({allowed}); `ssh-agent -P` or `allowed_providers` names others");
+            return Err(refused(&why));
         }
         Ok(real.to_owned())
     }
 
-    /// Forgets a provider's keys. None are held yet, so this only says whether there is such a provider.
-    pub fn remove_provider(&self, provider: &str) -> Result<(), Refusal> {
+    /// Whether the caller may name provider libraries at all.
+    pub fn check_remote_provider(&self, caller: &Caller) -> Result<(), Refusal> {
         self.check_open()?;
-        let gone = |e| Refusal::Provider(format!("{}: {e}", policy::harmless(provider.as_bytes())));
-        Path::new(provider).canonicalize().map(drop).map_err(gone)
+        if caller.bind_attempted && !self.settings().allow_remote_providers {
+            return Err(Refusal::NotForForwarded);
+        }
+        Ok(())
     }
 
     /// Removes one identity.
@@ -391,7 +408,9 @@ impl Vault {
     /// Removes all identities even while locked: what SIGUSR1 asks for.
     pub fn wipe(&self) {
         let count = self.write().ring.clear();
-        info!(count, "removed all keys");
+        if count > 0 {
+            info!(count, "removed all keys");
+        }
     }
 
     /// Locks: from the first moment nothing is signed and open prompts close; when it returns, no plaintext key is in
@@ -412,7 +431,8 @@ impl Vault {
         }
         self.locks.send_modify(|count| *count += 1);
         // A task of its own: a caller that hangs up does not leave the vault half locked.
-        let done = tokio::task::spawn_blocking(move || {
+        let vault = Arc::clone(&self);
+        let done = on_thread(move || {
             let sealed = Lock::new(&password).and_then(|(lock, key)| self.seal_all(key).map(|()| lock));
             let mut state = self.write();
             match sealed {
@@ -431,7 +451,16 @@ impl Vault {
                 }
             }
         });
-        done.await.unwrap_or(Err(Refusal::Locked))
+        done.await.unwrap_or_else(|| Err(vault.give_up()))
+    }
+
+    /// After a lock or unlock that died half-way: which keys are sealed under what is not known any more.
+    fn give_up(&self) -> Refusal {
+        let mut state = self.write();
+        state.ring.clear();
+        state.seal = Seal::Open;
+        error!("a lock or unlock died half-way; all keys are removed");
+        Refusal::Device(DeviceError::Failed("the lock died half-way; add the keys again".into()))
     }
 
     fn identities(&self) -> Vec<Arc<Identity>> {
@@ -462,12 +491,12 @@ impl Vault {
             sleep_until(at).await;
         }
         let vault = Arc::clone(&self);
-        let opened = tokio::task::spawn_blocking(move || {
+        let opened = on_thread(move || {
             let result = vault.try_unlock(&password);
             drop(turn);
             result
         });
-        match opened.await.unwrap_or(Err(Refusal::Locked)) {
+        match opened.await.unwrap_or_else(|| Err(self.give_up())) {
             Err(Refusal::WrongPassword) => {
                 let at = self.read().next_unlock;
                 if let Some(at) = at {
@@ -527,6 +556,14 @@ impl Vault {
             }
         }
     }
+}
+
+/// Runs `work` on a thread of its own, which no other work can keep waiting and which ends by itself even when nobody
+/// waits for it any more. `None` when it died, or could not start.
+fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> impl Future<Output = Option<T>> {
+    let (sender, receiver) = oneshot::channel();
+    let started = thread::Builder::new().name("lock".into()).spawn(move || drop(sender.send(work())));
+    async move { if started.is_ok() { receiver.await.ok() } else { None } }
 }
 
 /// The caller with its program's name, for a question to a person.

@@ -175,9 +175,11 @@ pub fn may_change(identity: &Identity, caller: &Caller, unix_now: u64) -> bool {
     may_list(identity, caller, unix_now)
 }
 
-/// Whether the caller may lock and unlock: never from another machine.
+/// Whether the caller may lock and unlock: never from another machine, and never through a door that shows some keys
+/// only. One attempt to bind is enough to count as remote: `ssh-add` on this machine makes none, and the far side of a
+/// forwarding could add binds of its own behind the first.
 pub fn may_lock(caller: &Caller) -> bool {
-    !caller.is_forwarded()
+    !caller.bind_attempted && caller.keys.is_none()
 }
 
 /// Whether a provider library's real path is among the allowed (`*` also matches `/`).
@@ -226,14 +228,19 @@ pub fn pin_question(identity: &Identity, caller: &Caller, rules: &Rules, touch: 
 fn login_line(identity: &Identity, purpose: &Purpose<'_>) -> String {
     match purpose {
         Purpose::UserAuth(login) if identity.constraints.destinations.is_empty() => {
-            format!("\npublic key authentication request for user \"{}\"", harmless(login.user))
+            format!("\npublic key authentication request for user \"{}\"", user_name(login.user))
         }
         Purpose::UserAuth(login) => {
-            format!("\npublic key authentication request for user \"{}\" to listed host", harmless(login.user))
+            format!("\npublic key authentication request for user \"{}\" to listed host", user_name(login.user))
         }
         Purpose::SshSig => "\nsignature over a file or commit (SSHSIG)".to_owned(),
         Purpose::Opaque => String::new(),
     }
+}
+
+/// Without the quotation marks that it is shown in: a name must not end its own quotation.
+fn user_name(user: &[u8]) -> String {
+    harmless(user).replace('"', "'")
 }
 
 fn caller_line(caller: &Caller) -> String {
@@ -244,5 +251,32 @@ fn caller_line(caller: &Caller) -> String {
         _ => String::new(),
     };
     // Whatever asks through a forwarding ssh sits on another machine.
-    if caller.is_forwarded() || caller.binds.len() > 1 { format!("{from}, for a remote host") } else { from }
+    let remote = caller.binds.iter().any(|bind| bind.forwarding) || (caller.bind_attempted && caller.binds.is_empty());
+    if remote { format!("{from}, for a remote host") } else { from }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vault::key::Bind;
+
+    #[test]
+    fn only_who_never_tried_to_bind_may_lock() {
+        let bind = |forwarding| Bind { host_key: [1].into(), session_id: [2].into(), forwarding };
+        let local = Caller::default();
+        let failed = Caller { bind_attempted: true, ..Caller::default() };
+        let forwarded = Caller { binds: vec![bind(true)], ..failed.clone() };
+        // The far side can bind a session of its own behind the one that forwards it.
+        let disguised = Caller { binds: vec![bind(true), bind(false)], ..failed.clone() };
+        let few_keys = Caller { keys: Some([].into()), ..Caller::default() };
+        assert!(may_lock(&local));
+        for caller in [failed, forwarded, disguised, few_keys] {
+            assert!(!may_lock(&caller), "{caller:?}");
+        }
+    }
+
+    #[test]
+    fn a_user_cannot_end_its_quotation() {
+        assert_eq!(user_name(b"root\" to listed host\n"), "root' to listed host\u{fffd}");
+    }
 }

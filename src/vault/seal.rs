@@ -1,13 +1,13 @@
 //! The key that seals the vault while it is locked: made from the lock password, kept nowhere. Knows no identities.
 
-use argon2::{Algorithm, Argon2, Params, Version};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
 use aws_lc_rs::{
     aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
     rand,
 };
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
-use crate::devices::DeviceError;
+use crate::{devices::DeviceError, sys::memory};
 
 /// Argon2id's cost. Sized to about 50 ms on one core of 2023: a locked vault's memory is worth guessing at offline.
 const MEMORY_KIB: u32 = 24 * 1024;
@@ -34,9 +34,17 @@ impl SealKey {
         let failed = |_| DeviceError::Failed("the lock password could not be made into a key".into());
         let params = Params::new(MEMORY_KIB, PASSES, 1, Some(32)).map_err(failed)?;
         let mut key = Zeroizing::new([0; 32]);
-        Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
-            .hash_password_into(password, salt, &mut *key)
-            .map_err(failed)?;
+        // The key is a hash of the last block, so the blocks are as secret as the key. Each attempt gives them back.
+        memory::return_large_blocks();
+        let mut blocks = vec![Block::default(); params.block_count()];
+        let hashed = Argon2::new(Algorithm::Argon2id, Version::V0x13, params).hash_password_into_with_memory(
+            password,
+            salt,
+            &mut *key,
+            &mut blocks,
+        );
+        blocks.zeroize();
+        hashed.map_err(failed)?;
         let key = UnboundKey::new(&CHACHA20_POLY1305, &*key)
             .map_err(|_| DeviceError::Failed("the sealing key was refused".into()))?;
         Ok(Self { key: LessSafeKey::new(key), sealed: 0 })
