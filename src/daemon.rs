@@ -92,6 +92,7 @@ pub fn serve_ssh_agent(
     foreground: Foreground,
     ready: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<Ended> {
+    process::deny_core_files()?;
     let target = if foreground.interactive { Target::Stderr } else { Target::Syslog };
     // As quiet as ssh-agent, which without -d logs what went wrong and nothing else.
     let _log = Log::start(target, if foreground.debug { LevelFilter::DEBUG } else { LevelFilter::WARN });

@@ -466,3 +466,102 @@ fn put_signed(out: &mut Vec<u8>, result: &Result<Signature, Refusal>, blob: &[u8
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{
+        prompt::{self, Prompter},
+        public_key::PublicKey,
+        rfc4251::Put,
+        vault::{Settings, policy::Rules},
+    };
+    use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+    use std::time::Duration;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+
+    fn connect(buffer: usize) -> DuplexStream {
+        let settings = Settings {
+            rules: Rules::default(),
+            default_lifetime: None,
+            allowed_providers: String::new(),
+            allow_remote_providers: false,
+            person_deadline: Duration::from_secs(60),
+        };
+        let vault = Vault::new(settings, Prompter::new(prompt::Settings::default()));
+        let (ours, theirs) = tokio::io::duplex(buffer);
+        tokio::spawn(serve(theirs, vault, Arc::new(Door::ssh_agent()), Caller::default()));
+        ours
+    }
+
+    fn framed(number: u8, write: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+        let mut body = vec![number];
+        write(&mut body);
+        let mut frame = Vec::new();
+        frame.put_string(&body);
+        frame
+    }
+
+    fn add(seed: u8, comment: &[u8]) -> Vec<u8> {
+        let pair = Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).unwrap();
+        let public = pair.public_key().as_ref();
+        framed(number::ADD_IDENTITY, |body| {
+            body.put_string(b"ssh-ed25519");
+            body.put_string(public);
+            body.put_string(&[&[seed; 32], public].concat());
+            body.put_string(comment);
+        })
+    }
+
+    async fn reply(stream: &mut DuplexStream) -> Vec<u8> {
+        let mut body = vec![0; stream.read_u32().await.unwrap() as usize];
+        stream.read_exact(&mut body).await.unwrap();
+        body
+    }
+
+    /// More replies than are kept unsent, to a peer that takes them all at once: nothing but the writing itself tells
+    /// the connection that it may go on.
+    #[tokio::test]
+    async fn frames_that_waited_for_room_are_handled() {
+        const LISTS: usize = 40;
+        let mut stream = connect(16 << 20);
+        let mut requests = Vec::new();
+        for seed in 1..=5 {
+            requests.extend(add(seed, &[b'c'; 40_000]));
+        }
+        requests.extend(framed(number::REQUEST_IDENTITIES, |_| {}).repeat(LISTS));
+        stream.write_all(&requests).await.unwrap();
+        for _ in 0..5 {
+            assert_eq!(reply(&mut stream).await, [number::SUCCESS]);
+        }
+        for _ in 0..LISTS {
+            let listed = tokio::time::timeout(Duration::from_secs(20), reply(&mut stream)).await.unwrap();
+            assert!(listed[0] == number::IDENTITIES_ANSWER && listed.len() > 200_000);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_long_burst_is_answered_in_order() {
+        const SIGNS: u32 = 1000;
+        let mut stream = connect(16 << 20);
+        let pair = Ed25519KeyPair::from_seed_unchecked(&[1; 32]).unwrap();
+        let blob = PublicKey::Ed25519(pair.public_key().as_ref()).to_blob();
+        let mut requests = add(1, b"key");
+        for n in 0..SIGNS {
+            requests.extend(framed(number::SIGN_REQUEST, |body| {
+                body.put_string(&blob);
+                body.put_string(&n.to_be_bytes());
+                body.put_u32(0);
+            }));
+        }
+        stream.write_all(&requests).await.unwrap();
+        assert_eq!(reply(&mut stream).await, [number::SUCCESS]);
+        let public = PublicKey::parse(&blob).unwrap();
+        for n in 0..SIGNS {
+            let answer = reply(&mut stream).await;
+            let signature = crate::rfc4251::Reader::new(&answer[1..]).string().unwrap().to_vec();
+            assert!(public.verify(&n.to_be_bytes(), &signature).is_ok(), "reply {n}");
+        }
+    }
+}

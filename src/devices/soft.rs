@@ -237,3 +237,61 @@ impl Signer {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{public_key::PublicKey, rfc4251::Put};
+
+    fn composite() -> (SoftKey, Vec<u8>) {
+        let seeds = [[3; 32], [4; 32]].concat();
+        let (ml_public, _) = ml_dsa_44::KG::keygen_from_seed(&[3; 32]);
+        let ed25519 = Ed25519KeyPair::from_seed_unchecked(&[4; 32]).unwrap();
+        let (mldsa, ed25519) = (ml_public.into_bytes(), ed25519.public_key().as_ref().to_vec());
+        let parts = SoftParts::MlDsa44Ed25519 { seeds: &seeds, public: (&mldsa, &ed25519) };
+        (SoftKey::new(&parts).unwrap(), PublicKey::MlDsa44Ed25519(&mldsa, &ed25519).to_blob())
+    }
+
+    #[test]
+    fn the_composite_signs_with_both_halves_and_survives_a_lock() {
+        let (key, blob) = composite();
+        let public = PublicKey::parse(&blob).unwrap();
+        let signed = || match key.sign(Scheme::MlDsa44Ed25519, b"data").unwrap() {
+            Signature::MlDsa44Ed25519(bytes) => {
+                let mut signature = Vec::new();
+                signature.put_string(KeyType::MlDsa44Ed25519.name().as_bytes());
+                signature.put_string(&bytes);
+                signature
+            }
+            other => unreachable!("{other:?}"),
+        };
+        let signature = signed();
+        assert!(public.verify(b"data", &signature).is_ok());
+        assert!(public.verify(b"other", &signature).is_err());
+        // Either half alone is no signature.
+        for at in [signature.len() - 1, signature.len() - 65] {
+            let mut broken = signature.clone();
+            broken[at] ^= 1;
+            assert!(public.verify(b"data", &broken).is_err());
+        }
+        key.seal(&mut |secret| Ok(secret.iter().map(|b| b ^ 0xff).collect())).unwrap();
+        assert_eq!(key.sign(Scheme::MlDsa44Ed25519, b"data"), Err(DeviceError::Sealed));
+        key.unseal(&mut |sealed| Ok(Zeroizing::new(sealed.iter().map(|b| b ^ 0xff).collect()))).unwrap();
+        assert!(public.verify(b"data", &signed()).is_ok());
+    }
+
+    #[test]
+    fn halves_that_do_not_belong_together_are_refused() {
+        let seeds = [[3; 32], [4; 32]].concat();
+        let (ml_public, _) = ml_dsa_44::KG::keygen_from_seed(&[5; 32]);
+        let parts = SoftParts::MlDsa44Ed25519 { seeds: &seeds, public: (&ml_public.into_bytes(), &[0; 32]) };
+        assert_eq!(SoftKey::new(&parts).unwrap_err(), MISMATCH);
+        let parts = SoftParts::Ed25519 { seed: &[1; 32], public: &[2; 32] };
+        assert_eq!(SoftKey::new(&parts).unwrap_err(), MISMATCH);
+        assert_eq!(
+            composite().0.sign(Scheme::Ed25519, b"").unwrap_err().to_string().split(':').next(),
+            Some("the key cannot do this")
+        );
+    }
+}

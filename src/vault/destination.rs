@@ -67,6 +67,15 @@ fn is_step(d: &Destination, from: Option<&Bind>, to: Option<&Bind>, user: Option
         && user.is_none_or(|user| d.to.user.is_empty() || pattern::matches(user, &d.to.user))
 }
 
+/// Whether the hop has the key, or the authority, of the host in `bind`: for showing its name, not for deciding.
+pub fn names(hop: &Hop, bind: &Bind) -> bool {
+    let blob = match Blob::parse(&bind.host_key) {
+        Ok(Blob::Certificate(certificate)) => certificate.signature_key,
+        _ => &bind.host_key,
+    };
+    hop.keys.iter().any(|key| *key.blob == *blob)
+}
+
 /// Whether the host that proved itself in `bind` is the one that the hop names.
 fn is_host(hop: &Hop, bind: &Bind, unix_now: u64) -> bool {
     match Blob::parse(&bind.host_key) {
@@ -89,9 +98,11 @@ fn certifies_host(certificate: &Certificate<'_>, host: &[u8], unix_now: u64) -> 
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::vault::{key::HostKey, purpose::tests::key};
+    use ssh_key::certificate::{Builder, CertType};
 
     fn hop(user: &str, host: &str, key_bytes: &[u8]) -> Hop {
         Hop {
@@ -137,6 +148,66 @@ mod tests {
         assert!(!list(&both, &[(3, false)]), "a stranger");
         let failed = Caller { bind_attempted: true, ..Caller::default() };
         assert!(permitted(&both, &failed, Use::Listing, 0).is_err(), "a failed bind");
+    }
+
+    /// A host certificate of authority `ca`, made by another implementation.
+    fn certificate(ca: u8, change: impl FnOnce(&mut Builder)) -> Vec<u8> {
+        use ssh_key::private::Ed25519Keypair;
+        let host = Ed25519Keypair::from_seed(&[9; 32]).public;
+        let mut builder = Builder::new(vec![7; 16], host, 100, 200).unwrap();
+        change(&mut builder);
+        let ca = ssh_key::PrivateKey::from(Ed25519Keypair::from_seed(&[ca; 32]));
+        builder.sign(&ca).unwrap().to_bytes().unwrap()
+    }
+
+    #[test]
+    fn a_certificate_makes_a_host_under_every_condition() {
+        let ca = ssh_key::private::Ed25519Keypair::from_seed(&[1; 32]).public.0;
+        let ca_blob = crate::public_key::PublicKey::Ed25519(&ca).to_blob();
+        let to = Hop {
+            user: Box::default(),
+            host: (*b"web.example.com").into(),
+            keys: [HostKey { blob: ca_blob.into(), is_ca: true }].into(),
+        };
+        let destinations = [Destination { from: Hop::default(), to }];
+        let allowed = |host_key: &[u8], now| {
+            let bind = Bind { host_key: host_key.into(), session_id: [1].into(), forwarding: false };
+            let caller = Caller { binds: vec![bind], bind_attempted: true, ..Caller::default() };
+            permitted(&destinations, &caller, Use::Login(b"u"), now).is_ok()
+        };
+        let named = |name: &'static str| {
+            move |b: &mut Builder| {
+                b.cert_type(CertType::Host).unwrap().valid_principal(name).unwrap();
+            }
+        };
+        let good = certificate(1, named("web.example.com"));
+        assert!(allowed(&good, 150));
+        assert!(allowed(&certificate(1, named("*.example.com")), 150), "a pattern");
+        assert!(!allowed(&good, 99) && !allowed(&good, 200), "out of its time");
+        assert!(!allowed(&certificate(2, named("web.example.com")), 150), "another authority");
+        assert!(!allowed(&certificate(1, named("mail.example.com")), 150), "another host");
+        assert!(
+            !allowed(
+                &certificate(1, |b| {
+                    b.cert_type(CertType::Host).unwrap().all_principals_valid().unwrap();
+                }),
+                150
+            ),
+            "no principals"
+        );
+        let user = certificate(1, |b| {
+            b.cert_type(CertType::User).unwrap().valid_principal("web.example.com").unwrap();
+        });
+        assert!(!allowed(&user, 150), "a user's certificate");
+        let critical = certificate(1, |b| {
+            named("web.example.com")(b);
+            b.critical_option("force-command", "x").unwrap();
+        });
+        assert!(!allowed(&critical, 150), "a critical option");
+        let mut forged = good;
+        let at = forged.len() - 1;
+        forged[at] ^= 1;
+        assert!(!allowed(&forged, 150), "a forged signature");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     devices::DeviceError,
     prompt,
-    public_key::{FingerprintHash, PublicKey},
+    public_key::{FingerprintHash, PublicKey, fingerprint},
 };
 
 /// Why a request was refused. The words are for the log and for people.
@@ -197,7 +197,7 @@ fn confirm_question(identity: &Identity, caller: &Caller, purpose: &Purpose<'_>,
         "Allow use of key {}?\nKey fingerprint {}{}{}",
         harmless(&identity.comment),
         identity.fingerprint(rules.fingerprint_hash),
-        login_line(identity, purpose),
+        login_line(identity, caller, purpose, rules),
         caller_line(caller)
     )
 }
@@ -208,7 +208,7 @@ pub fn touch_notice(identity: &Identity, caller: &Caller, data: &[u8], rules: &R
         "Confirm user presence for key {} {}{}{}",
         identity.key_type.label(),
         identity.fingerprint(rules.fingerprint_hash),
-        login_line(identity, &Purpose::read(data, &identity.blob)),
+        login_line(identity, caller, &Purpose::read(data, &identity.blob), rules),
         caller_line(caller)
     )
 }
@@ -224,18 +224,21 @@ pub fn pin_question(identity: &Identity, caller: &Caller, rules: &Rules, touch: 
     )
 }
 
-/// Whom a login is for. The host is known by name only where the key is constrained to listed hosts.
-fn login_line(identity: &Identity, purpose: &Purpose<'_>) -> String {
-    match purpose {
-        Purpose::UserAuth(login) if identity.constraints.destinations.is_empty() => {
-            format!("\npublic key authentication request for user \"{}\"", user_name(login.user))
-        }
-        Purpose::UserAuth(login) => {
-            format!("\npublic key authentication request for user \"{}\" to listed host", user_name(login.user))
-        }
-        Purpose::SshSig => "\nsignature over a file or commit (SSHSIG)".to_owned(),
-        Purpose::Opaque => String::new(),
+/// Whom a login is for and where: the host by its name where the key's constraints list it, else by its key.
+fn login_line(identity: &Identity, caller: &Caller, purpose: &Purpose<'_>, rules: &Rules) -> String {
+    let login = match purpose {
+        Purpose::UserAuth(login) => login,
+        Purpose::SshSig => return "\nsignature over a file or commit (SSHSIG)".to_owned(),
+        Purpose::Opaque => return String::new(),
+    };
+    let request = format!("\npublic key authentication request for user \"{}\"", user_name(login.user));
+    let Some(bind) = caller.binds.last() else { return request };
+    let destinations = &identity.constraints.destinations;
+    if destinations.is_empty() {
+        return format!("{request} to the host with key {}", fingerprint(&bind.host_key, rules.fingerprint_hash));
     }
+    let name = destinations.iter().find(|d| destination::names(&d.to, bind)).map_or(&b""[..], |d| &d.to.host);
+    format!("{request} to listed host {}", harmless(name))
 }
 
 /// Without the quotation marks that it is shown in: a name must not end its own quotation.
