@@ -436,3 +436,55 @@ pub fn describe(key_type: KeyType) -> &'static str {
         other => other.label(),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use ssh_agent_lib::proto::{AddIdentity, PrivateCredential};
+    use ssh_encoding::Encode as _;
+    use ssh_key::private::{Ed25519Keypair, KeypairData};
+
+    fn added(seed: [u8; 32], comment: &str) -> (Vec<u8>, Vec<u8>) {
+        let pair = Ed25519Keypair::from_seed(&seed);
+        let blob = PublicKey::Ed25519(&pair.public.0).to_blob();
+        let credential = PrivateCredential::Key { privkey: KeypairData::Ed25519(pair), comment: comment.to_owned() };
+        let mut body = vec![number::ADD_IDENTITY];
+        AddIdentity { credential }.encode(&mut body).unwrap();
+        (body, blob)
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bodies_never_panic(number in 0u8..30, body: Vec<u8>) {
+            let _ = Request::read(&body);
+            let _ = Request::read(&[&[number][..], &body].concat());
+            let _ = SessionBind::read(&body);
+        }
+
+        #[test]
+        fn what_another_codec_adds_is_read(seed: [u8; 32], comment in "[^\0]{0,40}") {
+            let (body, blob) = added(seed, &comment);
+            let Ok(Request::Add(request)) = Request::read(&body) else { return Err(TestCaseError::fail("refused")) };
+            prop_assert_eq!(&request.blob, &blob);
+            prop_assert_eq!(request.comment, comment.as_bytes());
+            let PrivateParts::Soft(parts) = &request.private else { return Err(TestCaseError::fail("not soft")) };
+            prop_assert!(crate::devices::soft::SoftKey::new(parts).is_ok());
+        }
+
+        #[test]
+        fn a_request_cut_short_is_refused(seed: [u8; 32], cut in 1usize..100) {
+            let (body, _) = added(seed, "c");
+            let cut = cut.min(body.len() - 1);
+            prop_assert!(Request::read(&body[..body.len() - cut]).is_err());
+        }
+    }
+
+    #[test]
+    fn dsa_is_refused_in_words() {
+        let mut body = vec![number::ADD_IDENTITY];
+        body.put_string(b"ssh-dss");
+        assert!(matches!(Request::read(&body), Err(RequestError::Dsa)));
+    }
+}
