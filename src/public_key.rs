@@ -540,3 +540,240 @@ pub fn fingerprint(blob: &[u8], hash: FingerprintHash) -> String {
     };
     format!("{name}:{}", Base64Unpadded::encode_string(digest::digest(algorithm, &plain).as_ref()))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+pub(crate) mod tests {
+    use super::*;
+    use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+    use proptest::prelude::*;
+    use std::{fs, path::PathBuf};
+
+    const PLAIN: [&str; 5] = ["ed25519", "ecdsa256", "ecdsa384", "ecdsa521", "rsa"];
+
+    fn fixture(name: &str) -> String {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/keys").join(name);
+        fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    }
+
+    /// The blob in a `.pub` file that ssh-keygen wrote.
+    pub(crate) fn blob(name: &str) -> Vec<u8> {
+        let line = fixture(&format!("{name}.pub"));
+        base64ct::Base64::decode_vec(line.split(' ').nth(1).unwrap().trim()).unwrap()
+    }
+
+    fn certificate(blob: &[u8]) -> Certificate<'_> {
+        match Blob::parse(blob).unwrap() {
+            Blob::Certificate(certificate) => *certificate,
+            Blob::Key(_) => panic!("a plain key"),
+        }
+    }
+
+    /// Every blob of the fixtures, and of the types that this ssh-keygen does not make.
+    fn blobs() -> Vec<Vec<u8>> {
+        let mut all: Vec<Vec<u8>> = PLAIN.iter().map(|name| blob(name)).collect();
+        all.extend(PLAIN.iter().flat_map(|n| [blob(&format!("user_{n}-cert")), blob(&format!("host_{n}-cert"))]));
+        let point = [&[4][..], &[7; 64]].concat();
+        all.push(PublicKey::SkEd25519(&[1; 32], b"ssh:").to_blob());
+        all.push(PublicKey::SkEcdsa(&point, b"ssh:").to_blob());
+        all.push(PublicKey::MlDsa44Ed25519(&[1; MLDSA44_PUBLIC], &[2; 32]).to_blob());
+        all
+    }
+
+    #[test]
+    fn keys_round_trip_and_another_parser_agrees() {
+        for blob in blobs() {
+            let parsed = Blob::parse(&blob).unwrap();
+            if let Blob::Key(key) = parsed {
+                assert_eq!(key.to_blob(), blob);
+                assert_eq!(KeyType::from_name(key.key_type().name().as_bytes()), Some((key.key_type(), false)));
+            }
+        }
+        for name in PLAIN {
+            let other = ssh_key::PublicKey::from_openssh(&fixture(&format!("{name}.pub"))).unwrap();
+            assert_eq!(other.to_bytes().unwrap(), blob(name));
+            assert_eq!(Blob::parse(&blob(name)).unwrap().key().key_type().name(), other.algorithm().as_str());
+        }
+    }
+
+    #[test]
+    fn fingerprints_are_those_of_openssh() {
+        for name in PLAIN {
+            let other = ssh_key::PublicKey::from_openssh(&fixture(&format!("{name}.pub"))).unwrap();
+            let expected = other.fingerprint(ssh_key::HashAlg::Sha256).to_string();
+            assert_eq!(fingerprint(&blob(name), FingerprintHash::Sha256), expected);
+            let certified = blob(&format!("user_{name}-cert"));
+            assert_eq!(fingerprint(&certified, FingerprintHash::Sha256), expected, "a certificate has its key's");
+            assert!(fixture("fingerprints.txt").contains(&expected), "ssh-keygen -l");
+        }
+        assert_eq!(fingerprint(&blob("rsa"), FingerprintHash::Md5).len(), "MD5:".len() + 16 * 3 - 1);
+    }
+
+    #[test]
+    fn certificates_say_what_ssh_keygen_put_in() {
+        for name in PLAIN {
+            for (prefix, kind, serial, principals) in [
+                ("user", CertificateKind::User, 7, [&b"alice"[..], b"bob"]),
+                ("host", CertificateKind::Host, 8, [&b"host.example.com"[..], b"*.wild.example.com"]),
+            ] {
+                let blob = blob(&format!("{prefix}_{name}-cert"));
+                let certificate = certificate(&blob);
+                assert_eq!((certificate.kind, certificate.serial), (kind, serial));
+                assert_eq!(certificate.key_id, format!("{prefix} {name}").as_bytes());
+                assert_eq!(certificate.principals, principals);
+                assert_eq!((certificate.valid_after, certificate.valid_before), (1_577_836_800, 1_893_456_000));
+                assert_eq!(certificate.critical_options.is_empty(), kind == CertificateKind::Host);
+                assert_eq!(certificate.signature_key, self::blob("ca_ed25519"));
+                assert_eq!(certificate.key.to_blob(), self::blob(name));
+                assert_eq!(certificate.verify(), Ok(&b"ssh-ed25519"[..]));
+            }
+        }
+    }
+
+    #[test]
+    fn certificates_name_the_algorithm_of_their_authority() {
+        for (name, algorithm) in [("host_rsa_sha1-cert", &b"ssh-rsa"[..]), ("host_rsa_sha512-cert", b"rsa-sha2-512")] {
+            assert_eq!(certificate(&blob(name)).verify(), Ok(algorithm));
+        }
+    }
+
+    #[test]
+    fn every_byte_of_a_certificate_is_signed() {
+        let good = blob("host_ed25519-cert");
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            if let Ok(Blob::Certificate(certificate)) = Blob::parse(&bad) {
+                assert!(certificate.verify().is_err(), "byte {at} is not covered");
+            }
+        }
+    }
+
+    #[test]
+    fn signatures_of_ssh_keygen_verify() {
+        for name in PLAIN {
+            let signature = ssh_key::SshSig::from_pem(fixture(&format!("{name}.sig"))).unwrap();
+            let data = ssh_key::SshSig::signed_data("file", signature.hash_alg(), b"strongroom").unwrap();
+            let mut wire = Vec::new();
+            wire.put_string(signature.signature().algorithm().as_str().as_bytes());
+            wire.put_string(signature.signature_bytes());
+            let blob = blob(name);
+            let key = PublicKey::parse(&blob).unwrap();
+            let algorithm = key.verify(&data, &wire).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(algorithm, if name == "rsa" { &b"rsa-sha2-512"[..] } else { key.key_type().name().as_bytes() });
+            assert!(key.verify(b"other data", &wire).is_err());
+            for bad in [&wire[..wire.len() - 1], &[&wire[..], &[0]].concat()] {
+                assert!(key.verify(&data, bad).is_err(), "{name}: cut or longer");
+            }
+            let mut flipped = wire.clone();
+            *flipped.last_mut().unwrap() ^= 1;
+            assert!(key.verify(&data, &flipped).is_err());
+        }
+    }
+
+    #[test]
+    fn an_rsa_signature_may_lack_its_leading_zeros() {
+        let file = fixture("rsa_leading_zero.txt");
+        let (message, hex) = file.trim().split_once('\n').unwrap();
+        let body: Vec<u8> =
+            (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap()).collect();
+        assert_eq!((body.len(), body[0]), (256, 0));
+        let blob = blob("rsa");
+        let key = PublicKey::parse(&blob).unwrap();
+        for (body, good) in
+            [(&body[..], true), (&body[1..], true), (&body[2..], false), (&[&[0], &body[..]].concat(), false)]
+        {
+            let mut wire = Vec::new();
+            wire.put_string(b"rsa-sha2-256");
+            wire.put_string(body);
+            assert_eq!(key.verify(message.as_bytes(), &wire).is_ok(), good, "{} bytes", body.len());
+        }
+    }
+
+    #[test]
+    fn a_security_key_signs_application_flags_and_counter() {
+        let pair = Ed25519KeyPair::from_seed_unchecked(&[3; 32]).unwrap();
+        let wire = |flags: u8, counter: u32| {
+            let signed = sk_signed(b"ssh:", 1, 9, b"data");
+            let mut wire = Vec::new();
+            wire.put_string(b"sk-ssh-ed25519@openssh.com");
+            wire.put_string(pair.sign(&signed).as_ref());
+            wire.push(flags);
+            wire.put_u32(counter);
+            wire
+        };
+        let key = PublicKey::SkEd25519(pair.public_key().as_ref(), b"ssh:");
+        assert!(key.verify(b"data", &wire(1, 9)).is_ok());
+        assert!(key.verify(b"data", &wire(5, 9)).is_err(), "other flags");
+        assert!(key.verify(b"data", &wire(1, 8)).is_err(), "another counter");
+        let other = PublicKey::SkEd25519(pair.public_key().as_ref(), b"web:");
+        assert!(other.verify(b"data", &wire(1, 9)).is_err(), "another application");
+    }
+
+    #[test]
+    fn what_is_not_exact_is_refused() {
+        let ed = blob("ed25519");
+        assert_eq!(Blob::parse(&[&ed[..], &[0]].concat()).map(drop), Err(KeyError::Malformed(WireError::Trailing)));
+        assert_eq!(Blob::parse(&ed[..ed.len() - 1]).map(drop), Err(KeyError::Malformed(WireError::Truncated)));
+        assert!(matches!(PublicKey::parse(&blob("user_rsa-cert")), Err(KeyError::Invalid(_))));
+        let typed = |name: &[u8], fields: &[&[u8]]| {
+            let mut out = Vec::new();
+            std::iter::once(&name).chain(fields).for_each(|f| out.put_string(f));
+            out
+        };
+        let point = [&[4][..], &[7; 64]].concat();
+        let compressed = [&[2][..], &[7; 32]].concat();
+        for (bad, why) in [
+            (typed(b"ssh-dss", &[&[1]]), "DSA"),
+            (typed(b"ssh-ed25519", &[&[0; 31]]), "a short point"),
+            (typed(b"ecdsa-sha2-nistp256", &[b"nistp384", &point]), "another curve"),
+            (typed(b"ecdsa-sha2-nistp256", &[b"nistp256", &compressed]), "a compressed point"),
+            (typed(b"ssh-rsa", &[&[3], &[&[0, 0xff][..], &[1; 126]].concat()]), "1016 bits"),
+            (typed(b"ssh-rsa", &[&[4], &[&[0, 0xff][..], &[1; 255]].concat()]), "an even exponent"),
+            (typed(b"ssh-rsa", &[&[1], &[&[0, 0xff][..], &[1; 255]].concat()]), "an exponent of 1"),
+            (typed(b"ssh-rsa", &[&[0xff], &[&[0, 0xff][..], &[1; 255]].concat()]), "a negative exponent"),
+            (typed(b"ssh-rsa", &[&[3], &[&[0, 0, 0xff][..], &[1; 255]].concat()]), "a padded modulus"),
+            (typed(b"ssh-rsa", &[&[3], &[&[0, 0xff][..], &[1; 2048]].concat()]), "16392 bits"),
+        ] {
+            assert!(Blob::parse(&bad).is_err(), "{why}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>, data: Vec<u8>) {
+            let _ = Blob::parse(&bytes);
+            let _ = fingerprint(&bytes, FingerprintHash::Sha256);
+            for blob in blobs() {
+                let _ = Blob::parse(&blob).unwrap().key().verify(&data, &bytes);
+            }
+        }
+
+        #[test]
+        fn damaged_blobs_and_signatures_never_panic(
+            which in 0_usize..18, at: prop::sample::Index, byte: u8, cut: prop::sample::Index,
+        ) {
+            let mut bytes = blobs()[which].clone();
+            let position = at.index(bytes.len());
+            bytes[position] = byte;
+            let end = cut.index(bytes.len() + 1);
+            for bytes in [&bytes[..], &bytes[..end]] {
+                if let Ok(Blob::Certificate(certificate)) = Blob::parse(bytes) {
+                    let _ = certificate.verify();
+                }
+            }
+        }
+
+        #[test]
+        fn a_signature_of_the_right_frame_never_panics(which in 0_usize..5, body: Vec<u8>, rest: Vec<u8>) {
+            let blob = blob(PLAIN[which]);
+            let key = PublicKey::parse(&blob).unwrap();
+            let name = if key.key_type() == KeyType::Rsa { "rsa-sha2-256" } else { key.key_type().name() };
+            let mut wire = Vec::new();
+            wire.put_string(name.as_bytes());
+            wire.put_string(&body);
+            wire.extend_from_slice(&rest);
+            prop_assert!(key.verify(b"data", &wire).is_err());
+        }
+    }
+}
