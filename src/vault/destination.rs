@@ -1,9 +1,11 @@
 //! Whether a path of hosts is one that a key's destination constraints allow (OpenSSH's PROTOCOL.agent, section 2, and
 //! the rules of its agent). Pure; the time is an argument.
 
+use std::cell::OnceCell;
+
 use super::{
     key::{Bind, Caller, Destination, Hop},
-    pattern,
+    pattern::Fuel,
 };
 use crate::public_key::{Blob, Certificate, CertificateKind};
 
@@ -16,55 +18,106 @@ pub enum Use<'a> {
     Login(&'a [u8]),
 }
 
-/// Whether the hosts that a caller is bound to allow this use. `Err` says what is against it, for the log.
-pub fn permitted(
-    destinations: &[Destination],
-    caller: &Caller,
-    purpose: Use<'_>,
+/// Steps of pattern matching that one request may take: tens of milliseconds, and far beyond what real keys need.
+const MATCHING_STEPS: u64 = 1 << 25;
+
+/// The hosts between the agent and a caller, read once for all the keys that one request is about.
+pub struct Route<'a> {
+    caller: &'a Caller,
     unix_now: u64,
-) -> Result<(), &'static str> {
-    if destinations.is_empty() {
-        return Ok(());
-    }
-    let Some((last, before)) = caller.binds.split_last() else {
-        return match (caller.bind_attempted, purpose) {
-            (true, _) => Err("a session bind failed on this connection"),
-            (false, Use::Listing) => Ok(()),
-            (false, Use::Login(_)) => Err("the connection is not bound to an SSH session"),
-        };
-    };
-    if before.iter().any(|bind| !bind.forwarding) {
-        return Err("a host on the way is not one that forwards the agent");
-    }
-    if last.forwarding && purpose != Use::Listing {
-        return Err("the last host was bound for forwarding, not for a login");
-    }
-    let mut from = None;
-    for bind in &caller.binds {
-        let user = match purpose {
-            Use::Login(user) if std::ptr::eq(bind, last) => Some(user),
-            _ => None,
-        };
-        if !destinations.iter().any(|d| is_step(d, from, Some(bind), user, unix_now)) {
-            return Err("no destination constraint of the key allows this host or user");
-        }
-        from = Some(bind);
-    }
-    // A host beyond which the key is of no use has no reason to see it.
-    if last.forwarding && !destinations.iter().any(|d| is_step(d, Some(last), None, None, unix_now)) {
-        return Err("the key may be used to reach this host, not from it");
-    }
-    Ok(())
+    hosts: OnceCell<Vec<Host<'a>>>,
+    fuel: Fuel,
 }
 
-fn is_step(d: &Destination, from: Option<&Bind>, to: Option<&Bind>, user: Option<&[u8]>, unix_now: u64) -> bool {
-    let starts = match from {
-        None => d.from.host.is_empty() && d.from.keys.is_empty(),
-        Some(bind) => is_host(&d.from, bind, unix_now),
-    };
-    starts
-        && to.is_none_or(|bind| is_host(&d.to, bind, unix_now))
-        && user.is_none_or(|user| d.to.user.is_empty() || pattern::matches(user, &d.to.user))
+/// A host as it proved itself in a bind.
+enum Host<'a> {
+    /// By a plain key.
+    Key(&'a [u8]),
+    /// By a certificate that is good now, for the hosts it names.
+    Certificate(Box<Certificate<'a>>),
+    /// By nothing that counts.
+    Unknown,
+}
+
+impl<'a> Route<'a> {
+    /// The route of this caller, at this time. Costs nothing until a key has constraints.
+    pub fn new(caller: &'a Caller, unix_now: u64) -> Self {
+        Self { caller, unix_now, hosts: OnceCell::new(), fuel: Fuel::new(MATCHING_STEPS) }
+    }
+
+    /// Who is at the end of it.
+    pub fn caller(&self) -> &'a Caller {
+        self.caller
+    }
+
+    /// Whether the hosts on the route allow this use. `Err` says what is against it, for the log.
+    pub fn permits(&self, destinations: &[Destination], purpose: Use<'_>) -> Result<(), &'static str> {
+        if destinations.is_empty() {
+            return Ok(());
+        }
+        let Some((last, before)) = self.caller.binds.split_last() else {
+            return match (self.caller.bind_attempted, purpose) {
+                (true, _) => Err("a session bind failed on this connection"),
+                (false, Use::Listing) => Ok(()),
+                (false, Use::Login(_)) => Err("the connection is not bound to an SSH session"),
+            };
+        };
+        if before.iter().any(|bind| !bind.forwarding) {
+            return Err("a host on the way is not one that forwards the agent");
+        }
+        if last.forwarding && purpose != Use::Listing {
+            return Err("the last host was bound for forwarding, not for a login");
+        }
+        let hosts = self
+            .hosts
+            .get_or_init(|| self.caller.binds.iter().map(|bind| Host::read(&bind.host_key, self.unix_now)).collect());
+        let mut from = None;
+        for (n, host) in hosts.iter().enumerate() {
+            let user = match purpose {
+                Use::Login(user) if n + 1 == hosts.len() => Some(user),
+                _ => None,
+            };
+            if !destinations.iter().any(|d| self.is_step(d, from, Some(host), user)) {
+                return Err(self.no_step("no destination constraint of the key allows this host or user"));
+            }
+            from = Some(host);
+        }
+        // A host beyond which the key is of no use has no reason to see it.
+        if last.forwarding && !destinations.iter().any(|d| self.is_step(d, from, None, None)) {
+            return Err(self.no_step("the key may be used to reach this host, not from it"));
+        }
+        Ok(())
+    }
+
+    fn is_step(&self, d: &Destination, from: Option<&Host<'_>>, to: Option<&Host<'_>>, user: Option<&[u8]>) -> bool {
+        let starts = match from {
+            None => d.from.host.is_empty() && d.from.keys.is_empty(),
+            Some(host) => self.is_host(&d.from, host),
+        };
+        starts
+            && to.is_none_or(|host| self.is_host(&d.to, host))
+            && user.is_none_or(|user| d.to.user.is_empty() || self.fuel.matches(user, &d.to.user))
+    }
+
+    /// Whether `host` is the one that the hop names.
+    fn is_host(&self, hop: &Hop, host: &Host<'_>) -> bool {
+        match host {
+            Host::Key(blob) => hop.keys.iter().any(|key| !key.is_ca && *key.blob == **blob),
+            Host::Certificate(certificate) => {
+                hop.keys.iter().any(|key| key.is_ca && *key.blob == *certificate.signature_key)
+                    && certificate.principals.iter().any(|principal| self.fuel.matches(&hop.host, principal))
+            }
+            Host::Unknown => false,
+        }
+    }
+
+    fn no_step(&self, reason: &'static str) -> &'static str {
+        if self.fuel.is_spent() {
+            "its constraints are too much work to compare with this host or user"
+        } else {
+            reason
+        }
+    }
 }
 
 /// Whether the hop has the key, or the authority, of the host in `bind`: for showing its name, not for deciding.
@@ -76,33 +129,44 @@ pub fn names(hop: &Hop, bind: &Bind) -> bool {
     hop.keys.iter().any(|key| *key.blob == *blob)
 }
 
-/// Whether the host that proved itself in `bind` is the one that the hop names.
-fn is_host(hop: &Hop, bind: &Bind, unix_now: u64) -> bool {
-    match Blob::parse(&bind.host_key) {
-        Ok(Blob::Key(_)) => hop.keys.iter().any(|key| !key.is_ca && key.blob == bind.host_key),
-        Ok(Blob::Certificate(certificate)) => {
-            hop.keys.iter().any(|key| key.is_ca && *key.blob == *certificate.signature_key)
-                && certifies_host(&certificate, &hop.host, unix_now)
+impl<'a> Host<'a> {
+    /// A certificate is verified here again, so that nothing depends on who recorded the bind.
+    fn read(host_key: &'a [u8], unix_now: u64) -> Self {
+        match Blob::parse(host_key) {
+            Ok(Blob::Key(_)) => Self::Key(host_key),
+            Ok(Blob::Certificate(certificate))
+                if certificate.kind == CertificateKind::Host
+                    && (certificate.valid_after..certificate.valid_before).contains(&unix_now)
+                    && certificate.critical_options.is_empty()
+                    && certificate.verify().is_ok_and(|algorithm| algorithm != b"ssh-rsa") =>
+            {
+                Self::Certificate(certificate)
+            }
+            _ => Self::Unknown,
         }
-        Err(_) => false,
     }
-}
-
-/// Whether a certificate makes its holder the host of this name, now.
-fn certifies_host(certificate: &Certificate<'_>, host: &[u8], unix_now: u64) -> bool {
-    certificate.kind == CertificateKind::Host
-        && (certificate.valid_after..certificate.valid_before).contains(&unix_now)
-        && certificate.critical_options.is_empty()
-        && certificate.principals.iter().any(|principal| pattern::matches(host, principal))
-        && certificate.verify().is_ok_and(|algorithm| algorithm != b"ssh-rsa")
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::vault::{key::HostKey, purpose::tests::key};
-    use ssh_key::certificate::{Builder, CertType};
+    use crate::{
+        public_key::{PublicKey, tests::blob},
+        rfc4251::Put,
+        vault::{key::HostKey, purpose::tests::key},
+    };
+    use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+    use std::time::{Duration, Instant};
+
+    fn permitted(
+        destinations: &[Destination],
+        caller: &Caller,
+        purpose: Use<'_>,
+        unix_now: u64,
+    ) -> Result<(), &'static str> {
+        Route::new(caller, unix_now).permits(destinations, purpose)
+    }
 
     fn hop(user: &str, host: &str, key_bytes: &[u8]) -> Hop {
         Hop {
@@ -150,64 +214,95 @@ mod tests {
         assert!(permitted(&both, &failed, Use::Listing, 0).is_err(), "a failed bind");
     }
 
-    /// A host certificate of authority `ca`, made by another implementation.
-    fn certificate(ca: u8, change: impl FnOnce(&mut Builder)) -> Vec<u8> {
-        use ssh_key::private::Ed25519Keypair;
-        let host = Ed25519Keypair::from_seed(&[9; 32]).public;
-        let mut builder = Builder::new(vec![7; 16], host, 100, 200).unwrap();
-        change(&mut builder);
-        let ca = ssh_key::PrivateKey::from(Ed25519Keypair::from_seed(&[ca; 32]));
-        builder.sign(&ca).unwrap().to_bytes().unwrap()
+    fn certified(host: &str, authority: &str) -> [Destination; 1] {
+        let keys = [HostKey { blob: blob(authority).into(), is_ca: true }].into();
+        let to = Hop { host: host.as_bytes().into(), keys, ..Hop::default() };
+        [Destination { from: Hop::default(), to }]
     }
 
     #[test]
-    fn a_certificate_makes_a_host_under_every_condition() {
-        let ca = ssh_key::private::Ed25519Keypair::from_seed(&[1; 32]).public.0;
-        let ca_blob = crate::public_key::PublicKey::Ed25519(&ca).to_blob();
-        let to = Hop {
-            user: Box::default(),
-            host: (*b"web.example.com").into(),
-            keys: [HostKey { blob: ca_blob.into(), is_ca: true }].into(),
-        };
+    fn certificates_of_hosts() {
+        const VALID: u64 = 1_700_000_000;
+        for (certificate, host, authority, now, good) in [
+            ("host_ed25519", "host.example.com", "ca_ed25519", VALID, true),
+            ("host_ecdsa256", "host.example.com", "ca_ed25519", VALID, true),
+            ("host_ecdsa521", "host.example.com", "ca_ed25519", VALID, true),
+            ("host_rsa", "host.example.com", "ca_ed25519", VALID, true),
+            ("host_rsa_sha512", "host.example.com", "ca_rsa", VALID, true),
+            ("host_ed25519", "a.wild.example.com", "ca_ed25519", VALID, true),
+            ("host_ed25519", "wild.example.com", "ca_ed25519", VALID, false),
+            ("host_ed25519", "other.example.com", "ca_ed25519", VALID, false),
+            ("host_ed25519", "host.example.com", "ca_rsa", VALID, false),
+            ("host_ed25519", "host.example.com", "ca_ed25519", 1_577_836_799, false),
+            ("host_ed25519", "host.example.com", "ca_ed25519", 1_577_836_800, true),
+            ("host_ed25519", "host.example.com", "ca_ed25519", 1_893_455_999, true),
+            ("host_ed25519", "host.example.com", "ca_ed25519", 1_893_456_000, false),
+            ("user_ed25519", "alice", "ca_ed25519", VALID, false),
+            ("host_no_principals", "host.example.com", "ca_ed25519", VALID, false),
+            ("host_critical", "host.example.com", "ca_ed25519", VALID, false),
+            ("host_rsa_sha1", "host.example.com", "ca_rsa", VALID, false),
+        ] {
+            let host_key: Box<[u8]> = blob(&format!("{certificate}-cert")).into();
+            let bind = |host_key| Bind { host_key, session_id: [1].into(), forwarding: false };
+            let caller = |host_key| Caller { binds: vec![bind(host_key)], bind_attempted: true, ..Caller::default() };
+            let allowed = |host_key, d: &[Destination]| permitted(d, &caller(host_key), Use::Login(b"u"), now).is_ok();
+            let mut destinations = certified(host, authority);
+            assert_eq!(allowed(host_key.clone(), &destinations), good, "{certificate} {host} {authority} {now}");
+            destinations[0].to.keys[0].is_ca = false;
+            assert!(!allowed(host_key.clone(), &destinations), "an authority that is not said to be one");
+            let mut forged = host_key;
+            *forged.last_mut().unwrap() ^= 1;
+            assert!(!allowed(forged, &certified(host, authority)), "a forged certificate");
+        }
+    }
+
+    /// A certificate with these principals, by an authority that anybody can make.
+    fn made_up(principals: &[Vec<u8>]) -> (Vec<u8>, Vec<u8>) {
+        let pair = Ed25519KeyPair::from_seed_unchecked(&[9; 32]).unwrap();
+        let authority = PublicKey::Ed25519(pair.public_key().as_ref()).to_blob();
+        let (mut names, mut body, mut signature) = (Vec::new(), Vec::new(), Vec::new());
+        principals.iter().for_each(|name| names.put_string(name));
+        body.put_string(b"ssh-ed25519-cert-v01@openssh.com");
+        body.put_string(&[0; 32]);
+        body.put_string(&[5; 32]);
+        body.extend_from_slice(&[0; 8]);
+        body.put_u32(2);
+        body.put_string(b"id");
+        body.put_string(&names);
+        body.extend_from_slice(&[0; 8]);
+        body.extend_from_slice(&[0xff; 8]);
+        body.put_string(b"");
+        body.put_string(b"");
+        body.put_string(b"");
+        body.put_string(&authority);
+        signature.put_string(b"ssh-ed25519");
+        signature.put_string(pair.sign(&body).as_ref());
+        body.put_string(&signature);
+        (body, authority)
+    }
+
+    /// The work that one key and one certificate, each within a frame, can make of one question.
+    #[test]
+    fn patterns_of_a_peer_are_bounded_work() {
+        let evil = [&b"*"[..], &b"a".repeat(900), b"b"].concat();
+        let (host_key, authority) = made_up(&vec![evil; 200]);
+        let keys: Box<[HostKey]> = [HostKey { blob: authority.into(), is_ca: true }].into();
+        let to = Hop { host: b"a".repeat(200_000).into(), keys, ..Hop::default() };
         let destinations = [Destination { from: Hop::default(), to }];
-        let allowed = |host_key: &[u8], now| {
-            let bind = Bind { host_key: host_key.into(), session_id: [1].into(), forwarding: false };
-            let caller = Caller { binds: vec![bind], bind_attempted: true, ..Caller::default() };
-            permitted(&destinations, &caller, Use::Login(b"u"), now).is_ok()
-        };
-        let named = |name: &'static str| {
-            move |b: &mut Builder| {
-                b.cert_type(CertType::Host).unwrap().valid_principal(name).unwrap();
-            }
-        };
-        let good = certificate(1, named("web.example.com"));
-        assert!(allowed(&good, 150));
-        assert!(allowed(&certificate(1, named("*.example.com")), 150), "a pattern");
-        assert!(!allowed(&good, 99) && !allowed(&good, 200), "out of its time");
-        assert!(!allowed(&certificate(2, named("web.example.com")), 150), "another authority");
-        assert!(!allowed(&certificate(1, named("mail.example.com")), 150), "another host");
-        assert!(
-            !allowed(
-                &certificate(1, |b| {
-                    b.cert_type(CertType::Host).unwrap().all_principals_valid().unwrap();
-                }),
-                150
-            ),
-            "no principals"
-        );
-        let user = certificate(1, |b| {
-            b.cert_type(CertType::User).unwrap().valid_principal("web.example.com").unwrap();
-        });
-        assert!(!allowed(&user, 150), "a user's certificate");
-        let critical = certificate(1, |b| {
-            named("web.example.com")(b);
-            b.critical_option("force-command", "x").unwrap();
-        });
-        assert!(!allowed(&critical, 150), "a critical option");
-        let mut forged = good;
-        let at = forged.len() - 1;
-        forged[at] ^= 1;
-        assert!(!allowed(&forged, 150), "a forged signature");
+        let bind = Bind { host_key: host_key.into(), session_id: [1].into(), forwarding: false };
+        let caller = Caller { binds: vec![bind], bind_attempted: true, ..Caller::default() };
+        let begun = Instant::now();
+        assert!(permitted(&destinations, &caller, Use::Listing, 1).is_err());
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(2), "hosts: {took:?}");
+        // The user of a login comes from the data that is to be signed.
+        let pattern = [&b"*"[..], &b"a".repeat(254), b"b"].concat();
+        let to = Hop { user: pattern.into(), ..hop("", "a", &[1]) };
+        let destinations = vec![Destination { from: Hop::default(), to }; 500];
+        let begun = Instant::now();
+        assert!(permitted(&destinations, &self::caller(&[(1, false)]), Use::Login(&b"a".repeat(200_000)), 1).is_err());
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(2), "users: {took:?}");
     }
 
     #[test]

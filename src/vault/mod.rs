@@ -30,6 +30,7 @@ use crate::{
     public_key::KeyType,
     sys::{clock, peer},
 };
+use destination::Route;
 use key::{Caller, Identity, PrivateKey};
 use keyring::{Full, Keyring, Listing};
 use policy::{Refusal, Rules};
@@ -309,12 +310,10 @@ impl Vault {
             // From this machine every key may be seen, wherever it may be used.
             return Arc::clone(all);
         }
-        let now = unix_now();
-        let seen = |identity: &&Arc<Identity>| policy::may_list(identity, caller, now);
-        if all.identities.iter().all(|identity| seen(&identity)) {
-            return Arc::clone(all);
-        }
-        Arc::new(Listing::of(all.identities.iter().filter(seen).cloned().collect()))
+        let route = Route::new(caller, unix_now());
+        let seen: Vec<_> =
+            all.identities.iter().filter(|identity| policy::may_list(identity, &route)).cloned().collect();
+        if seen.len() == all.identities.len() { Arc::clone(all) } else { Arc::new(Listing::of(seen)) }
     }
 
     /// Adds a key, or replaces everything but the place of the one with the same blob.
@@ -331,10 +330,10 @@ impl Vault {
             },
             blob: candidate.blob.into_boxed_slice(),
         });
-        let now = unix_now();
+        let route = Route::new(caller, unix_now());
         self.change(|ring| {
             if let Some(old) = ring.find(&identity.blob, Duration::ZERO)
-                && !policy::may_change(old, caller, now)
+                && !policy::may_change(old, &route)
             {
                 return Err(Refusal::NotPermitted("this connection may not change it"));
             }
@@ -386,10 +385,10 @@ impl Vault {
 
     /// Removes one identity.
     pub fn remove(&self, caller: &Caller, blob: &[u8]) -> Result<(), Refusal> {
-        let now = unix_now();
+        let route = Route::new(caller, unix_now());
         let removed = self.change(|ring| {
             let identity = ring.find(blob, Duration::ZERO).ok_or(Refusal::NoSuchKey)?;
-            if !policy::may_change(identity, caller, now) {
+            if !policy::may_change(identity, &route) {
                 return Err(Refusal::NoSuchKey);
             }
             ring.remove(blob).ok_or(Refusal::NoSuchKey)

@@ -1,11 +1,47 @@
 //! OpenSSH's patterns (ssh_config(5), PATTERNS): `*`, `?`, and lists with `!`. Knows bytes only.
 
-/// Whether `text` matches `pattern`. Linear in the product of their lengths, whatever the pattern.
+use std::cell::Cell;
+
+/// How many steps matching may still take. A peer that writes both the text and the pattern could otherwise ask for
+/// work that grows with the product of their lengths.
+#[derive(Debug)]
+pub struct Fuel(Cell<u64>);
+
+impl Fuel {
+    /// So many steps, each about a nanosecond.
+    pub fn new(steps: u64) -> Self {
+        Self(Cell::new(steps))
+    }
+
+    /// Whether nothing is left: from now on nothing matches.
+    pub fn is_spent(&self) -> bool {
+        self.0.get() == 0
+    }
+
+    /// [`matches`], as long as the fuel lasts.
+    pub fn matches(&self, text: &[u8], pattern: &[u8]) -> bool {
+        let mut left = self.0.get();
+        let matched = search(text, pattern, &mut left);
+        self.0.set(left);
+        matched && left > 0
+    }
+}
+
+/// Whether `text` matches `pattern`. The work is at most the product of their lengths: for patterns of our own side.
 pub fn matches(text: &[u8], pattern: &[u8]) -> bool {
+    let mut left = u64::MAX;
+    search(text, pattern, &mut left)
+}
+
+fn search(text: &[u8], pattern: &[u8], left: &mut u64) -> bool {
     let (mut t, mut p) = (0, 0);
     // Where the last `*` was, and how much of the text it has swallowed: the only place worth going back to.
     let mut star: Option<(usize, usize)> = None;
     while t < text.len() {
+        if *left == 0 {
+            return false;
+        }
+        *left -= 1;
         match pattern.get(p) {
             Some(b'*') => {
                 star = Some((p, t));
@@ -30,8 +66,12 @@ pub fn matches(text: &[u8], pattern: &[u8]) -> bool {
 
 /// Whether `text` matches a pattern of the comma-separated list, and none that `!` negates.
 pub fn matches_list(text: &[u8], list: &[u8]) -> bool {
+    if list.is_empty() {
+        return false;
+    }
     let mut found = false;
-    for pattern in list.split(|&b| b == b',') {
+    // Behind a comma at the end there is no pattern, as OpenSSH reads it.
+    for pattern in list.strip_suffix(b",").unwrap_or(list).split(|&b| b == b',') {
         match pattern.strip_prefix(b"!") {
             Some(negated) if matches(text, negated) => return false,
             Some(_) => {}
@@ -64,7 +104,10 @@ mod tests {
             ("/usr/local/lib/y.so", "/usr/lib*/*,/usr/local/lib*/*", true),
             ("/opt/y.so", "/usr/lib*/*", false),
             ("a", "", false),
-            ("", "", true),
+            ("", "", false),
+            ("", "a,", false),
+            ("", ",a", true),
+            ("", "!,a", false),
             ("a", "!a,*", false),
             ("b", "!a,*", true),
             ("b", "!a", false),
@@ -78,6 +121,14 @@ mod tests {
         let pattern = b"*a".repeat(128);
         assert!(!matches(&[b'a'; 120], &pattern));
         assert!(matches(&[b'a'; 200], &pattern));
+    }
+
+    #[test]
+    fn without_fuel_nothing_matches() {
+        let fuel = Fuel::new(10);
+        assert!(fuel.matches(b"abc", b"a*") && !fuel.is_spent());
+        assert!(!fuel.matches(&[b'a'; 100], b"*a"));
+        assert!(fuel.is_spent() && !fuel.matches(b"a", b"a") && !fuel.matches(b"", b""));
     }
 
     proptest! {

@@ -3,7 +3,7 @@
 use thiserror::Error;
 
 use super::{
-    destination::{self, Use},
+    destination::{self, Route, Use},
     key::{Caller, Identity},
     pattern,
     purpose::Purpose,
@@ -140,7 +140,8 @@ fn check_destination(
     let Purpose::UserAuth(login) = purpose else {
         return refuse("a destination-constrained key signs logins only");
     };
-    destination::permitted(&identity.constraints.destinations, caller, Use::Login(login.user), unix_now)
+    Route::new(caller, unix_now)
+        .permits(&identity.constraints.destinations, Use::Login(login.user))
         .map_err(Refusal::NotPermitted)?;
     if *login.session_id != *last.session_id {
         return refuse("the login is for another session than the one the connection is bound to");
@@ -164,15 +165,14 @@ pub fn is_shown(identity: &Identity, caller: &Caller) -> bool {
     caller.keys.as_ref().is_none_or(|shown| shown.contains(&identity.fingerprint(FingerprintHash::Sha256)))
 }
 
-/// Whether the caller may know of the identity.
-pub fn may_list(identity: &Identity, caller: &Caller, unix_now: u64) -> bool {
-    is_shown(identity, caller)
-        && destination::permitted(&identity.constraints.destinations, caller, Use::Listing, unix_now).is_ok()
+/// Whether the caller at the end of this route may know of the identity. One route serves a whole listing.
+pub fn may_list(identity: &Identity, route: &Route<'_>) -> bool {
+    is_shown(identity, route.caller()) && route.permits(&identity.constraints.destinations, Use::Listing).is_ok()
 }
 
 /// Whether the caller may remove the identity, or add it again with other constraints.
-pub fn may_change(identity: &Identity, caller: &Caller, unix_now: u64) -> bool {
-    may_list(identity, caller, unix_now)
+pub fn may_change(identity: &Identity, route: &Route<'_>) -> bool {
+    may_list(identity, route)
 }
 
 /// Whether the caller may lock and unlock: never from another machine, and never through a door that shows some keys
@@ -259,9 +259,178 @@ fn caller_line(caller: &Caller) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::vault::key::Bind;
+    use crate::{
+        devices::{
+            sk::SkKey,
+            soft::{SoftKey, SoftParts},
+        },
+        public_key::{Blob, Curve, KeyType},
+        rfc4251::Put,
+        vault::{
+            key::{Bind, Constraints, Destination, Hop, HostKey, PrivateKey},
+            purpose::tests::{key, userauth},
+        },
+    };
+    use std::sync::Arc;
+    use zeroize::Zeroizing;
+
+    /// A soft identity. Policy never looks at the private half, so any will do.
+    fn soft(constraints: Constraints) -> Identity {
+        let point: Vec<u8> = [
+            "046b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296",
+            "4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5",
+        ]
+        .concat()
+        .as_bytes()
+        .chunks(2)
+        .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
+        .collect();
+        let private = SoftKey::new(&SoftParts::Ecdsa { curve: Curve::P256, scalar: &[1], point: &point }).unwrap();
+        Identity {
+            blob: key(1).into(),
+            key_type: KeyType::Ed25519,
+            key: PrivateKey::Soft(Arc::new(private)),
+            comment: b"me@home".as_slice().into(),
+            constraints,
+        }
+    }
+
+    fn sk(application: &[u8]) -> Identity {
+        let public = PublicKey::SkEd25519(&[1; 32], application);
+        let handle = Zeroizing::new(vec![1]);
+        let private = SkKey::new(&public, application, 1, handle, b"", "internal".into()).unwrap();
+        Identity {
+            blob: public.to_blob().into(),
+            key_type: KeyType::SkEd25519,
+            key: PrivateKey::Sk(Arc::new(private)),
+            comment: b"token".as_slice().into(),
+            constraints: Constraints::default(),
+        }
+    }
+
+    fn hop(user: &str, host: &str, keys: &[u8]) -> Hop {
+        let keys = keys.iter().map(|&b| HostKey { blob: key(b).into(), is_ca: false }).collect();
+        Hop { user: user.as_bytes().into(), host: host.as_bytes().into(), keys }
+    }
+
+    /// May log in to `a` (key 2) as anybody, and from there to `b` (key 3) as r….
+    fn restricted(confirm: bool) -> Identity {
+        let destinations = [
+            Destination { from: Hop::default(), to: hop("", "a", &[2]) },
+            Destination { from: hop("", "a", &[2]), to: hop("r*", "b", &[3]) },
+        ];
+        soft(Constraints { destinations: destinations.into(), confirm, ..Constraints::default() })
+    }
+
+    fn caller(binds: &[(u8, &[u8], bool)]) -> Caller {
+        let bind = |&(host, sid, forwarding): &(u8, &[u8], bool)| Bind {
+            host_key: key(host).into(),
+            session_id: sid.into(),
+            forwarding,
+        };
+        Caller { binds: binds.iter().map(bind).collect(), bind_attempted: !binds.is_empty(), ..Caller::default() }
+    }
+
+    fn decided(identity: &Identity, caller: &Caller, data: &[u8]) -> Result<Option<String>, Refusal> {
+        decide(identity, caller, data, &Rules::default(), 0).map(|verdict| verdict.confirm)
+    }
+
+    fn sshsig() -> Vec<u8> {
+        let mut data = b"SSHSIG".to_vec();
+        [&b"git"[..], b"", b"sha512", &[7; 64]].iter().for_each(|part| data.put_string(part));
+        data
+    }
+
+    #[test]
+    fn a_constrained_key_signs_the_login_it_is_bound_to() {
+        let identity = restricted(false);
+        let login =
+            |sid: &[u8], user: &[u8], host: Option<u8>| userauth(sid, user, &identity.blob, host.map(key).as_deref());
+        let direct: &[(u8, &[u8], bool)] = &[(2, b"one", false)];
+        let through: &[(u8, &[u8], bool)] = &[(2, b"one", true), (3, b"two", false)];
+        for (binds, data, good, why) in [
+            (direct, login(b"one", b"u", None), true, "the first hop need not name the host's key"),
+            (direct, login(b"one", b"u", Some(2)), true, "but may"),
+            (direct, login(b"one", b"u", Some(3)), false, "and then the right one"),
+            (direct, login(b"two", b"u", None), false, "another session"),
+            (direct, sshsig(), false, "no login"),
+            (direct, b"anything".to_vec(), false, "no login at all"),
+            (&[], login(b"one", b"u", None), false, "not bound"),
+            (&[(2, b"one", true)], login(b"one", b"u", Some(2)), false, "bound for forwarding"),
+            (through, login(b"two", b"root", Some(3)), true, "the second hop"),
+            (through, login(b"two", b"root", None), false, "must name the host's key"),
+            (through, login(b"two", b"root", Some(2)), false, "of the last host"),
+            (through, login(b"one", b"root", Some(3)), false, "in the last session"),
+            (through, login(b"two", b"alice", Some(3)), false, "as that user"),
+        ] {
+            let result = decided(&identity, &caller(binds), &data);
+            assert_eq!(result.is_ok(), good, "{why}: {result:?}");
+            assert!(good || matches!(result, Err(Refusal::NotPermitted(_))), "{why}: {result:?}");
+        }
+    }
+
+    #[test]
+    fn the_question_comes_after_the_destination() {
+        let identity = restricted(true);
+        let data = userauth(b"one", b"root", &identity.blob, None);
+        let question = decided(&identity, &caller(&[(2, b"one", false)]), &data).unwrap().unwrap();
+        assert!(question.starts_with("Allow use of key me@home?\nKey fingerprint SHA256:"), "{question}");
+        assert!(
+            question.contains("\npublic key authentication request for user \"root\" to listed host"),
+            "{question}"
+        );
+        assert!(matches!(decided(&identity, &caller(&[]), &data), Err(Refusal::NotPermitted(_))), "nobody is asked");
+    }
+
+    #[test]
+    fn a_question_cannot_be_dressed_up() {
+        let mut identity = soft(Constraints { confirm: true, ..Constraints::default() });
+        identity.comment = b"x\nKey fingerprint SHA256:fake\xe2\x80\xae\xff".as_slice().into();
+        let data = userauth(b"sid", b"me\" to listed host\n", &identity.blob, None);
+        let question = decided(&identity, &Caller::default(), &data).unwrap().unwrap();
+        assert_eq!(question.lines().count(), 3, "{question}");
+        assert!(!question.contains('\u{202e}'), "{question}");
+        assert!(!question.contains("user \"me\" to listed host"), "a quote in the user's name: {question}");
+    }
+
+    #[test]
+    fn web_keys_sign_ssh_messages_only() {
+        let web = sk(b"https://example.com");
+        let login = userauth(b"sid", b"u", &web.blob, None);
+        let mut named = login.clone();
+        let at = named.windows(11).position(|w| w == b"ssh-ed25519").unwrap();
+        named.splice(at - 4..at + 11, {
+            let mut name = Vec::new();
+            name.put_string(b"sk-ssh-ed25519@openssh.com");
+            name
+        });
+        let rules = |allow: Option<&str>, restrict| Rules {
+            restrict_websafe: restrict,
+            websafe_allow: allow.map(Into::into),
+            ..Rules::default()
+        };
+        for (identity, data, rules, good) in [
+            (&web, &named[..], rules(None, true), true),
+            (&web, &login, rules(None, true), false),
+            (&web, &sshsig(), rules(None, true), true),
+            (&web, b"challenge", rules(None, true), false),
+            (&web, b"challenge", rules(None, false), true),
+            (&web, b"challenge", rules(Some("https://example.*"), true), true),
+            (&web, b"challenge", rules(Some("!https://example.com,*"), true), false),
+            (&sk(b"ssh:"), b"challenge", rules(None, true), true),
+            (&sk(b"ssh:work"), b"challenge", rules(None, true), true),
+            (&sk(b"xssh:"), b"challenge", rules(None, true), false),
+            (&sk(b""), b"challenge", rules(Some(""), true), false),
+            (&sk(b""), b"challenge", rules(Some("ssh:*,"), true), false),
+        ] {
+            let result = decide(identity, &Caller::default(), data, &rules, 0);
+            let application = Blob::parse(&identity.blob).map(|_| application(identity));
+            assert_eq!(result.is_ok(), good, "{application:?} {rules:?}: {result:?}");
+        }
+    }
 
     #[test]
     fn only_who_never_tried_to_bind_may_lock() {
