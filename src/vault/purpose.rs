@@ -1,7 +1,7 @@
 //! What is being signed, read from the bytes: a login, an SSHSIG, anything else. Decides nothing.
 
 use crate::{
-    public_key::{KeyError, KeyType},
+    public_key::{Blob, KeyError, KeyType},
     rfc4251::Reader,
 };
 
@@ -58,8 +58,11 @@ fn read_userauth<'a>(data: &'a [u8], blob: &[u8]) -> Result<Option<UserAuth<'a>>
     };
     r.finish()?;
     let exact = service == b"ssh-connection" && signed == 1 && key == blob && is_algorithm_of(algorithm, blob)?;
+    if let Some(host_key) = host_key {
+        Blob::parse(host_key)?;
+    }
     // OpenSSH reads names as C strings: a NUL could show a person another user than the server sees.
-    Ok((exact && !user.contains(&0)).then_some(UserAuth { session_id, user, host_key }))
+    Ok((exact && !session_id.is_empty() && !user.contains(&0)).then_some(UserAuth { session_id, user, host_key }))
 }
 
 /// Whether a signature algorithm's name belongs to the type of key or certificate in `blob`.
@@ -83,7 +86,8 @@ fn is_sshsig(data: &[u8]) -> Result<bool, KeyError> {
     let mut r = Reader::new(rest);
     let (namespace, _reserved, hash, digest) = (r.string()?, r.string()?, r.string()?, r.string()?);
     r.finish()?;
-    Ok(!namespace.is_empty() && !hash.is_empty() && !digest.is_empty())
+    let is_name = |bytes: &[u8]| !bytes.is_empty() && !bytes.contains(&0);
+    Ok(is_name(namespace) && is_name(hash) && !digest.is_empty())
 }
 
 #[cfg(test)]
@@ -123,6 +127,9 @@ pub(super) mod tests {
         assert_eq!(Purpose::read(&data[..data.len() - 1], &blob), Purpose::Opaque, "too short");
         let nul = userauth(b"sid", b"ro\0ot", &blob, None);
         assert_eq!(Purpose::read(&nul, &blob), Purpose::Opaque, "a NUL in the user");
+        assert_eq!(Purpose::read(&userauth(b"", b"root", &blob, None), &blob), Purpose::Opaque, "no session");
+        let vague = userauth(b"sid", b"root", &blob, Some(b"no key"));
+        assert_eq!(Purpose::read(&vague, &blob), Purpose::Opaque, "a host's key that is none");
         for (from, to) in [(&b"ssh-connection"[..], &b"ssh-confection"[..]), (b"publickey", b"publicjey")] {
             let at = data.windows(from.len()).position(|w| w == from).unwrap_or_default();
             let mut other = data.clone();
@@ -154,6 +161,11 @@ pub(super) mod tests {
         assert_eq!(Purpose::read(&data, &key(1)), Purpose::SshSig);
         data.push(0);
         assert_eq!(Purpose::read(&data, &key(1)), Purpose::Opaque);
+        let mut nul = b"SSHSIG".to_vec();
+        for part in [&b"g\0t"[..], b"", b"sha512", &[7; 64]] {
+            nul.put_string(part);
+        }
+        assert_eq!(Purpose::read(&nul, &key(1)), Purpose::Opaque, "a NUL in the namespace");
     }
 
     proptest! {
