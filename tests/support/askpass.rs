@@ -54,7 +54,10 @@ impl Askpass {
             r#"
             cd "${0%/*}" || exit 1
             printf '%s\0' $$ "$SSH_ASKPASS_PROMPT" "$1" >asked
+            # A shell reads byte by byte: one at a time, or two would share an answer.
+            exec 9<"$0" && flock 9 || exit 1
             read -r code text <answer || exit 1
+            exec 9<&-
             [ -z "$text" ] || echo "$text"
             exit "$code""#,
         );
