@@ -252,3 +252,20 @@ fn a_key_that_is_removed_under_an_open_prompt_leaves_the_memory_and_does_not_sig
     askpass.answer(0, "");
     assert_eq!(asker.receive().unwrap(), [FAILURE]);
 }
+
+#[test]
+fn locking_again_and_again_keeps_no_memory() {
+    // One derivation takes 24 MiB; what is kept of them shows after a few.
+    const ROUNDS: u64 = 8;
+    let agent = Agent::start();
+    let mut client = agent.connect();
+    lock(&mut client, b"password");
+    unlock(&mut client, b"password");
+    let before = agent.resident();
+    for _ in 0..ROUNDS {
+        lock(&mut client, b"password");
+        unlock(&mut client, b"password");
+    }
+    let grown = agent.resident().saturating_sub(before);
+    assert!(grown < ROUNDS * (2 << 20), "{grown} bytes more");
+}
