@@ -56,6 +56,7 @@ static WORLD: LazyLock<(Runtime, Arc<Vault>)> = LazyLock::new(|| {
         default_lifetime: None,
         allowed_providers: "/nonexistent/*".into(),
         allow_remote_providers: true,
+        ..Settings::default()
     };
     // No display: whatever asks a person is refused at once.
     let prompts = prompt::Settings { environment: Environment::Only(Default::default()), ..Default::default() };
@@ -123,7 +124,7 @@ async fn one_connection(vault: &Arc<Vault>, client: &Client<'_>) {
     let candidate = Candidate {
         blob: PublicKey::Ed25519(&PUBLIC).to_blob(),
         key_type: KeyType::Ed25519,
-        comment: b"fuzz",
+        comment: (*b"fuzz").into(),
         lifetime: None,
         confirm: false,
         destinations: Box::default(),

@@ -475,21 +475,14 @@ mod tests {
         prompt::{self, Prompter},
         public_key::PublicKey,
         rfc4251::Put,
-        vault::{Settings, policy::Rules},
+        vault::Settings,
     };
     use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
     use std::time::Duration;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
     fn connect(buffer: usize) -> DuplexStream {
-        let settings = Settings {
-            rules: Rules::default(),
-            default_lifetime: None,
-            allowed_providers: String::new(),
-            allow_remote_providers: false,
-            person_deadline: Duration::from_secs(60),
-        };
-        let vault = Vault::new(settings, Prompter::new(prompt::Settings::default()));
+        let vault = Vault::new(Settings::default(), Prompter::new(prompt::Settings::default()));
         let (ours, theirs) = tokio::io::duplex(buffer);
         tokio::spawn(serve(theirs, vault, Arc::new(Door::ssh_agent()), Caller::default()));
         ours

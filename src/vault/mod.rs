@@ -64,6 +64,19 @@ pub struct Settings {
     pub person_deadline: Duration,
 }
 
+impl Default for Settings {
+    /// As ssh-agent decides without options, except that no provider may be loaded.
+    fn default() -> Self {
+        Self {
+            rules: Rules::default(),
+            default_lifetime: None,
+            allowed_providers: String::new(),
+            allow_remote_providers: false,
+            person_deadline: Duration::from_secs(60),
+        }
+    }
+}
+
 /// What a request becomes: most are answered where they were read, the others by a future. Dropping the future cancels.
 pub enum Answer<T> {
     /// Here it is.
@@ -616,14 +629,7 @@ mod tests {
     use super::*;
 
     fn vault() -> Arc<Vault> {
-        let settings = Settings {
-            rules: Rules::default(),
-            default_lifetime: None,
-            allowed_providers: String::new(),
-            allow_remote_providers: false,
-            person_deadline: Duration::from_secs(60),
-        };
-        Vault::new(settings, Prompter::new(crate::prompt::Settings::default()))
+        Vault::new(Settings::default(), Prompter::new(crate::prompt::Settings::default()))
     }
 
     fn password(text: &str) -> Zeroizing<Vec<u8>> {
