@@ -18,7 +18,7 @@ impl Fuel {
         self.0.get() == 0
     }
 
-    /// [`matches`], as long as the fuel lasts.
+    /// [`matches()`], as long as the fuel lasts.
     pub fn matches(&self, text: &[u8], pattern: &[u8]) -> bool {
         let mut left = self.0.get();
         let matched = search(text, pattern, &mut left);
