@@ -20,6 +20,8 @@ use crate::{prompt::MAX_OPEN, public_key::FingerprintHash};
 const MAX_FILE: u64 = 1 << 20;
 /// The most doors, and the most entries in one of a door's lists.
 const MAX_LIST: usize = 1024;
+/// The provider libraries that may be loaded unless something else is said, as in OpenSSH.
+pub const DEFAULT_PROVIDERS: &str = "/usr/lib*/*,/usr/local/lib*/*";
 /// What `sockaddr_un` holds, less the NUL (unix(7)), in bytes.
 const MAX_SOCKET_PATH: usize = 107;
 /// The longest message name that RFC 4251, section 6, allows, in bytes.
@@ -115,7 +117,7 @@ impl Default for AgentConfig {
         Self {
             default_lifetime: None,
             fingerprint_hash: FingerprintHash::default(),
-            allowed_providers: "/usr/lib*/*,/usr/local/lib*/*".to_owned(),
+            allowed_providers: DEFAULT_PROVIDERS.to_owned(),
             allow_remote_pkcs11: false,
             restrict_websafe: true,
             websafe_allow: None,

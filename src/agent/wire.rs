@@ -10,7 +10,7 @@ use thiserror::Error;
 use super::constraint::{ConstraintError, RawConstraints, read_constraints};
 use crate::{
     devices::{Hash, Signature, soft::SoftParts},
-    public_key::{Blob, Curve, KeyError, KeyType, PublicKey},
+    public_key::{Blob, KeyError, KeyType, PublicKey},
     rfc4251::{Put, Reader, WireError},
     sys::rsa::RsaIntegers,
     vault::key::Identity,
@@ -424,16 +424,6 @@ impl<'a> SessionBind<'a> {
             Self { host_key: r.string()?, session_id: r.string()?, signature: r.string()?, forwarding: r.bool()? };
         r.finish()?;
         Ok(bind)
-    }
-}
-
-/// The key type's short name and, for ECDSA, its curve: what a log line calls it.
-pub fn describe(key_type: KeyType) -> &'static str {
-    match key_type {
-        KeyType::Ecdsa(Curve::P256) => "ECDSA-256",
-        KeyType::Ecdsa(Curve::P384) => "ECDSA-384",
-        KeyType::Ecdsa(Curve::P521) => "ECDSA-521",
-        other => other.label(),
     }
 }
 

@@ -9,6 +9,7 @@ use lexopt::{Arg, Parser, ValueExt};
 use super::Failure;
 use super::shell::Shell;
 use super::socket::Place;
+use crate::config::{DEFAULT_PROVIDERS, parse_time};
 use crate::daemon::AgentOptions;
 use crate::public_key::FingerprintHash;
 
@@ -21,9 +22,6 @@ usage: ssh-agent [-c | -s] [-Dd] [-TU] [-a socket_path] [-E fingerprint_hash]
        ssh-agent [-c | -s] -k
        ssh-agent -u[u]
        ssh-agent -V";
-
-/// Where PKCS#11 and FIDO libraries may be loaded from without `-P`.
-const DEFAULT_PROVIDERS: &str = "/usr/lib*/*,/usr/local/lib*/*";
 
 /// What the command line asks for.
 #[derive(Debug, PartialEq, Eq)]
@@ -199,35 +197,8 @@ impl From<lexopt::Error> for Failure {
 
 /// The lifetime behind `-t`: numbers with the units of sshd_config(5), seconds without one; 0 means none.
 fn lifetime(text: &str) -> Result<Option<Duration>, Failure> {
-    match seconds(text) {
-        Some(0) => Ok(None),
-        Some(seconds) => Ok(Some(Duration::from_secs(seconds.into()))),
-        None => Err(usage("Invalid lifetime")),
-    }
-}
-
-/// A sum of `NUMBER[smhdw]`; `None` for anything else and for more than `INT_MAX` seconds.
-fn seconds(text: &str) -> Option<u32> {
-    if text.is_empty() {
-        return None;
-    }
-    let (mut rest, mut total) = (text, 0u32);
-    while !rest.is_empty() {
-        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-        let number: u32 = rest[..digits].parse().ok()?;
-        let mut unit = rest[digits..].chars();
-        let factor = match unit.next().map(|c| c.to_ascii_lowercase()) {
-            None | Some('s') => 1,
-            Some('m') => 60,
-            Some('h') => 60 * 60,
-            Some('d') => 24 * 60 * 60,
-            Some('w') => 7 * 24 * 60 * 60,
-            Some(_) => return None,
-        };
-        rest = unit.as_str();
-        total = number.checked_mul(factor)?.checked_add(total).filter(|&t| i32::try_from(t).is_ok())?;
-    }
-    Some(total)
+    let time = parse_time(text).ok_or_else(|| usage("Invalid lifetime"))?;
+    Ok((!time.is_zero()).then_some(time))
 }
 
 #[cfg(test)]
@@ -258,7 +229,7 @@ mod tests {
             ("5é", None),
             ("1 h", None),
         ] {
-            assert_eq!(seconds(text), expected, "{text:?}");
+            assert_eq!(parse_time(text), expected.map(|seconds: u32| Duration::from_secs(seconds.into())), "{text:?}");
         }
         assert_eq!(parse("-t 0").unwrap().agent.default_lifetime, None);
     }

@@ -1,32 +1,11 @@
 //! What the vault holds: identities, their keys and constraints. Knows no socket and no policy.
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
-
-use aws_lc_rs::digest;
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
     devices::{sk::SkKey, soft::SoftKey},
     public_key::{FingerprintHash, KeyType, fingerprint},
 };
-
-/// Names a key pair for as long as it lives, wherever it lives: SHA-256 of its plain public key blob.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct KeyId(pub [u8; 32]);
-
-impl KeyId {
-    /// The id of the key whose plain blob this is.
-    pub fn of(plain_blob: &[u8]) -> Self {
-        let mut id = [0; 32];
-        id.copy_from_slice(digest::digest(&digest::SHA256, plain_blob).as_ref());
-        Self(id)
-    }
-}
-
-impl fmt::Debug for KeyId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0[..4].iter().try_for_each(|b| write!(f, "{b:02x}"))
-    }
-}
 
 /// Where a private key lives. Cheap to clone.
 #[derive(Clone, Debug)]
