@@ -187,7 +187,7 @@ async fn the_pin_reaches_the_helper_and_its_refusal_is_told_apart() {
     assert!(key.sign(DATA, Some(&pin()), in_time()).await.is_ok());
     let refuses = Bench::with_helper(refuse);
     let key = key.with_helper(refuses.helper());
-    assert_eq!(key.sign(DATA, Some(&pin()), in_time()).await, Err(DeviceError::PinWrong));
+    assert_eq!(key.sign(DATA, Some(&pin()), in_time()).await, Err(DeviceError::PinWrong { left: None }));
 }
 
 #[tokio::test]

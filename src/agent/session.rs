@@ -435,7 +435,7 @@ fn add(vault: &Vault, caller: &Caller, request: &AddRequest<'_>, provider: Optio
 }
 
 const NO_PKCS11: fn() -> Refusal =
-    || Refusal::Device(DeviceError::Unsupported("PKCS#11 providers are not supported by this version"));
+    || Refusal::Device(DeviceError::unsupported("PKCS#11 providers are not supported by this version"));
 
 fn bare(out: &mut Vec<u8>, number: u8) -> Option<Later> {
     wire::put_bare(out, number);

@@ -355,7 +355,8 @@ fn put_signature_blob(out: &mut Vec<u8>, signature: &Signature) {
             out.put_string(match hash {
                 Hash::Sha1 => b"ssh-rsa",
                 Hash::Sha256 => b"rsa-sha2-256",
-                Hash::Sha512 => b"rsa-sha2-512",
+                // SSH has no name for SHA-384: no standard request asks for it.
+                Hash::Sha384 | Hash::Sha512 => b"rsa-sha2-512",
             });
             out.put_string(bytes);
         }
@@ -363,7 +364,7 @@ fn put_signature_blob(out: &mut Vec<u8>, signature: &Signature) {
             out.put_string(KeyType::MlDsa44Ed25519.name().as_bytes());
             out.put_string(bytes);
         }
-        Signature::Sk(blob) => out.extend_from_slice(blob),
+        Signature::Sk(blob) | Signature::Plain(blob) => out.extend_from_slice(blob),
     }
 }
 

@@ -1,19 +1,35 @@
-//! What a device is asked and how it can fail. Knows keys, schemes and signatures; never the vault or a peer.
+//! Devices: what they are asked, how they can fail, and how they are kept from making anybody wait. Knows keys, schemes
+//! and signatures; never the vault or a peer.
+//!
+//! A [`Driver`] is code for one kind of device. The vault holds [`Device`]s: handles with a queue, a deadline for each
+//! operation and a state, behind which a driver works in this process or in a child process of its own.
 
 pub mod compute;
+pub mod operation;
 pub mod sk;
 pub mod soft;
 
-use thiserror::Error;
+use std::{borrow::Cow, fmt, future::Future, sync::Arc};
 
+use secrecy::SecretString;
+use thiserror::Error;
 use zeroize::Zeroizing;
 
-use crate::public_key::Curve;
+pub use operation::{DecryptScheme, DeriveScheme, Hash, Input, Operation, Outcome, Scheme, Signature};
 
 /// Encrypts a secret when the vault is locked.
 pub type Seal<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Box<[u8]>, DeviceError>;
 /// Decrypts what a [`Seal`] made.
 pub type Open<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError>;
+
+/// The longest [`Slot`], in bytes.
+pub const MAX_SLOT: usize = 256;
+/// The most keys that a scan may find on one device.
+pub const MAX_KEYS: usize = 4096;
+/// The longest public key or certificate on a device, in bytes.
+pub const MAX_BLOB: usize = 16 * 1024;
+/// The longest label of a key, name or serial of a device, in bytes.
+pub const MAX_LABEL: usize = 256;
 
 /// Why a device did not do what it was asked.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -25,65 +41,238 @@ pub enum DeviceError {
     #[error("a PIN is needed")]
     PinRequired,
     /// The PIN was refused and a try is spent. Never send the same PIN again.
-    #[error("the PIN is wrong")]
-    PinWrong,
+    #[error("the PIN is wrong{}", tries(*.left))]
+    PinWrong {
+        /// The tries that are left, where the device says.
+        left: Option<u8>,
+    },
+    /// No try is left: only the device's administrator can help, with its PUK or SO PIN.
+    #[error("the PIN is blocked; unblock it with the device's own tools")]
+    PinBlocked,
     /// The touch that the device waited for did not come: ask again when somebody is there.
     #[error("the device was not touched")]
     NotTouched,
+    /// The device is here and has no such key: it was deleted, or the device was initialised anew.
+    #[error("the device does not have this key any more")]
+    NoSuchKey,
     /// The device is not here: plug it in and ask again.
     #[error("the device that holds the key is not connected")]
     Absent,
     /// The key cannot do this, now or ever.
     #[error("the key cannot do this: {0}")]
-    Unsupported(&'static str),
-    /// More work is waiting than the device's queue holds: ask again later.
+    Unsupported(Cow<'static, str>),
+    /// The input is longer than the device takes: hash it first where the scheme allows.
+    #[error("the input is too long for the device, which takes {max} bytes")]
+    TooLong {
+        /// The longest that it takes, in bytes.
+        max: usize,
+    },
+    /// More work is waiting than the device's queue holds, or somebody else uses the device: ask again later.
     #[error("too much work is waiting for the device")]
     Busy,
     /// The deadline passed before there was a result.
     #[error("the device did not answer in time")]
     Timeout,
+    /// The device's process died or was restarted with the request inside it: what became of it there is not known. A
+    /// signature can be asked for again; a login counts as refused.
+    #[error("the device's process was restarted in mid-operation")]
+    Restarted,
     /// Anything else; the words are for a person.
     #[error("{0}")]
     Failed(String),
 }
 
-/// Hashes that a signature scheme can name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hash {
-    /// For old servers only.
-    Sha1,
-    /// SHA-256
-    Sha256,
-    /// SHA-512
-    Sha512,
+impl DeviceError {
+    /// That a key cannot do something.
+    pub const fn unsupported(why: &'static str) -> Self {
+        Self::Unsupported(Cow::Borrowed(why))
+    }
+
+    /// Whether another device with the same key may be asked in place of this one: never after a person or a PIN
+    /// decided, nor when the outcome would be the same.
+    pub fn lets_another_try(&self) -> bool {
+        matches!(self, Self::Absent | Self::Busy | Self::Restarted | Self::Failed(_))
+    }
 }
 
-/// How to sign.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scheme {
-    /// RSASSA-PKCS1-v1_5 (RFC 8017, 8.2).
-    RsaPkcs1v15(Hash),
-    /// ECDSA with the hash that RFC 5656 gives the curve.
-    Ecdsa(Curve),
-    /// Ed25519 (RFC 8032).
-    Ed25519,
-    /// ML-DSA-44 and Ed25519 over one message.
-    MlDsa44Ed25519,
-    /// Whatever the FIDO authenticator holds: its helper returns a complete SSH signature.
-    Sk,
+fn tries(left: Option<u8>) -> String {
+    match left {
+        Some(1) => "; 1 try is left".to_owned(),
+        Some(left) => format!("; {left} tries are left"),
+        None => String::new(),
+    }
 }
 
-/// A signature in the form its scheme has on devices; the wire's form is made from it.
+/// Code for one kind of device. It never knows whether it runs in the daemon's process, where it must not block, or in a
+/// child process, where each lane is a thread and it may.
+pub trait Driver: Send + Sync + Sized + 'static {
+    /// What tells it which device to open.
+    type Config: Send;
+    /// `pkcs11`, `openpgp`, …: the name in the configuration.
+    const KIND: &'static str;
+
+    /// Opens the device. [`Absent`](DeviceError::Absent) when it is not here; it is asked again later.
+    fn open(config: Self::Config) -> impl Future<Output = Result<Self, DeviceError>> + Send;
+
+    /// How many operations it does at once: at least 1.
+    fn lanes(&self) -> usize;
+
+    /// Looks for keys. Spends no PIN try.
+    fn scan(&self) -> impl Future<Output = Result<Scan, DeviceError>> + Send;
+
+    /// Signs. The result is in the scheme's own form (see [`Signature`]).
+    fn sign(
+        &self,
+        slot: &Slot,
+        scheme: Scheme,
+        input: &Input<'_>,
+    ) -> impl Future<Output = Result<Vec<u8>, DeviceError>> + Send;
+
+    /// Decrypts.
+    fn decrypt(
+        &self,
+        slot: &Slot,
+        scheme: DecryptScheme,
+        label: &[u8],
+        ciphertext: &[u8],
+    ) -> impl Future<Output = Result<Zeroizing<Vec<u8>>, DeviceError>> + Send {
+        let _ = (slot, scheme, label, ciphertext);
+        async { Err(DeviceError::unsupported("this kind of device does not decrypt")) }
+    }
+
+    /// Agrees on a secret.
+    fn derive(
+        &self,
+        slot: &Slot,
+        scheme: DeriveScheme,
+        peer: &[u8],
+    ) -> impl Future<Output = Result<Zeroizing<Vec<u8>>, DeviceError>> + Send {
+        let _ = (slot, scheme, peer);
+        async { Err(DeviceError::unsupported("this kind of device derives no secrets")) }
+    }
+
+    /// `len` random bytes of the device's own making, at most 1,024.
+    fn random(&self, len: usize) -> impl Future<Output = Result<Zeroizing<Vec<u8>>, DeviceError>> + Send {
+        let _ = len;
+        async { Err(DeviceError::unsupported("this kind of device gives no random bytes")) }
+    }
+
+    /// Logs in. Called once with each PIN, one call at a time.
+    fn unlock(&self, pin: SecretString) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        drop(pin);
+        async { Err(DeviceError::unsupported("this kind of device has no PIN")) }
+    }
+
+    /// Logs out, so that a PIN is needed again.
+    fn lock(&self) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        async { Ok(()) }
+    }
+
+    /// How the device is, without using a key and without spending a PIN try. Called when it has been idle for a while.
+    fn health(&self) -> impl Future<Output = Result<Status, DeviceError>> + Send;
+}
+
+/// Names a key on its device: what a scan gave. It means something to the driver only, and outlives the process, so that
+/// a key can be registered while its device is away.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot(pub Arc<[u8]>);
+
+/// What a scan found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Scan {
+    /// The keys, at most [`MAX_KEYS`].
+    pub keys: Vec<FoundKey>,
+    /// Whether there are no others: a key that was here before is then gone. False where some show only after a login.
+    pub complete: bool,
+    /// How the device is.
+    pub status: Status,
+}
+
+/// A key on a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Signature {
-    /// 64 bytes.
-    Ed25519([u8; 64]),
-    /// `r ‖ s`, each as long as the curve's scalars.
-    Ecdsa(Curve, Vec<u8>),
-    /// As long as the modulus.
-    Rsa(Hash, Vec<u8>),
-    /// ML-DSA-44's 2420 bytes, then Ed25519's 64.
-    MlDsa44Ed25519(Vec<u8>),
-    /// An SSH signature blob as the authenticator's helper made it.
-    Sk(Vec<u8>),
+pub struct FoundKey {
+    /// Its name there.
+    pub slot: Slot,
+    /// The public key's blob (RFC 4253, 6.6), at most [`MAX_BLOB`] bytes.
+    pub blob: Box<[u8]>,
+    /// Its certificates' blobs.
+    pub certificates: Vec<Box<[u8]>>,
+    /// For people, at most [`MAX_LABEL`] bytes.
+    pub label: String,
+    /// How it signs; what is not here is [`Unsupported`](DeviceError::Unsupported).
+    pub schemes: Vec<Scheme>,
+    /// How it decrypts.
+    pub decrypts: Vec<DecryptScheme>,
+    /// How it agrees on secrets.
+    pub derives: Vec<DeriveScheme>,
+    /// Whether each use wants a touch: it then has the deadline of a person.
+    pub touch: bool,
+}
+
+/// How a device is that answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// What tells this token from others of its kind, at most [`MAX_LABEL`] bytes; empty where it has none. PINs belong
+    /// to it.
+    pub serial: String,
+    /// Whether a PIN is needed before keys can be used.
+    pub locked: bool,
+    /// PIN tries that are left, where the device says.
+    pub tries_left: Option<u8>,
+    /// Changes whenever the keys may have: then they are looked for again.
+    pub generation: u64,
+}
+
+/// How a device is, seen from outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceState {
+    /// Whether it works.
+    pub health: Health,
+    /// What it last said of itself; `None` before it first answered.
+    pub status: Option<Status>,
+    /// The keys that the last scan found; `None` before there was one.
+    pub scan: Option<Arc<Scan>>,
+}
+
+/// Whether a device works.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It is being opened, and has not been ready since the start.
+    Probing,
+    /// It takes work.
+    Ready,
+    /// All its lanes are at work.
+    Busy,
+    /// An operation has outlived its time inside the driver. The device takes no new work and is about to be restarted.
+    Stalled,
+    /// It is being opened again.
+    Restarting,
+    /// It is not here. It is looked for in the background.
+    Absent,
+    /// It cannot be opened or keeps dying, for this reason. It is tried again in the background.
+    Failed(String),
+}
+
+impl Health {
+    /// `probing`, `ready`, `busy`, `stalled`, `restarting`, `absent` or `failed`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Probing => "probing",
+            Self::Ready => "ready",
+            Self::Busy => "busy",
+            Self::Stalled => "stalled",
+            Self::Restarting => "restarting",
+            Self::Absent => "absent",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
+impl fmt::Display for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed(why) => write!(f, "failed: {why}"),
+            other => f.write_str(other.name()),
+        }
+    }
 }

@@ -92,13 +92,13 @@ impl SkKey {
         provider: String,
     ) -> Result<Self, DeviceError> {
         let (PublicKey::SkEd25519(_, certified) | PublicKey::SkEcdsa(_, certified)) = *public else {
-            return Err(DeviceError::Unsupported("it is not of a type that authenticators hold"));
+            return Err(DeviceError::unsupported("it is not of a type that authenticators hold"));
         };
         if certified != application {
-            return Err(DeviceError::Unsupported("its application is not the one of its public key"));
+            return Err(DeviceError::unsupported("its application is not the one of its public key"));
         }
         if application.contains(&0) || provider.contains('\0') {
-            return Err(DeviceError::Unsupported("its application or provider contains a NUL"));
+            return Err(DeviceError::unsupported("its application or provider contains a NUL"));
         }
         Ok(Self {
             key_type: public.key_type(),
@@ -318,9 +318,9 @@ fn parse_reply(reply: &[u8]) -> Result<Reply<'_>, WireError> {
 /// code of its own, a missed touch included.
 fn device_error(code: u32, with_pin: bool, touch: bool) -> DeviceError {
     match code {
-        43 if with_pin => DeviceError::PinWrong,
+        43 if with_pin => DeviceError::PinWrong { left: None },
         43 => DeviceError::PinRequired,
-        59 => DeviceError::Unsupported("the authenticator does not support it"),
+        59 => DeviceError::unsupported("the authenticator does not support it"),
         60 => DeviceError::Absent,
         61 => DeviceError::Failed("the authenticator has no PIN yet; set one with `fido2-token -S`".into()),
         4 if touch => DeviceError::Failed("the authenticator refused, or was not touched in time; try again".into()),

@@ -77,7 +77,7 @@ impl fmt::Debug for SoftKey {
     }
 }
 
-const MISMATCH: DeviceError = DeviceError::Unsupported("the private and the public half do not belong together");
+const MISMATCH: DeviceError = DeviceError::unsupported("the private and the public half do not belong together");
 
 impl SoftKey {
     /// Parses and checks a key: its private half must make its public half.
@@ -126,6 +126,15 @@ impl SoftKey {
             *state = State::Open(Signer::from_secret(self.key_type, &open(sealed)?)?);
         }
         Ok(())
+    }
+}
+
+/// The hash that RFC 5656, section 6.2.1, gives a curve.
+pub fn curve_hash(curve: Curve) -> Hash {
+    match curve {
+        Curve::P256 => Hash::Sha256,
+        Curve::P384 => Hash::Sha384,
+        Curve::P521 => Hash::Sha512,
     }
 }
 
@@ -179,7 +188,7 @@ impl Signer {
                 let signature = pair.try_sign(data).map_err(|_| FAILED())?;
                 Ok(Signature::Ed25519(signature.as_ref().try_into().map_err(|_| FAILED())?))
             }
-            (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(wanted)) if *curve == wanted => {
+            (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(hash)) if hash == curve_hash(*curve) => {
                 let signature = pair.sign(&SystemRandom::new(), data).map_err(|_| FAILED())?;
                 Ok(Signature::Ecdsa(*curve, signature.as_ref().to_vec()))
             }
@@ -187,6 +196,7 @@ impl Signer {
                 let algorithm = match hash {
                     Hash::Sha1 => &digest::SHA1_FOR_LEGACY_USE_ONLY,
                     Hash::Sha256 => &digest::SHA256,
+                    Hash::Sha384 => &digest::SHA384,
                     Hash::Sha512 => &digest::SHA512,
                 };
                 let digest = digest::digest(algorithm, data);
@@ -198,7 +208,7 @@ impl Signer {
                 both.extend_from_slice(ed25519.try_sign(&message).map_err(|_| FAILED())?.as_ref());
                 Ok(Signature::MlDsa44Ed25519(both))
             }
-            _ => Err(DeviceError::Unsupported("the scheme is not one of this key type")),
+            _ => Err(DeviceError::unsupported("the scheme is not one of this key type")),
         }
     }
 

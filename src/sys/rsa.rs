@@ -148,6 +148,7 @@ impl RsaKey {
         let nid = match hash {
             Hash::Sha1 => lc::NID_sha1,
             Hash::Sha256 => lc::NID_sha256,
+            Hash::Sha384 => lc::NID_sha384,
             Hash::Sha512 => lc::NID_sha512,
         };
         // SAFETY: the key is live.

@@ -25,7 +25,12 @@ use tracing::{debug, error, info, warn};
 use zeroize::Zeroizing;
 
 use crate::{
-    devices::{DeviceError, Hash, Scheme, Signature, compute::Compute, sk::SkKey, soft::SoftKey},
+    devices::{
+        DeviceError, Hash, Scheme, Signature,
+        compute::Compute,
+        sk::SkKey,
+        soft::{SoftKey, curve_hash},
+    },
     prompt::{PromptError, Prompter},
     public_key::KeyType,
     sys::{clock, peer},
@@ -589,7 +594,7 @@ fn identified(caller: &Arc<Caller>) -> Arc<Caller> {
 fn scheme_of(key_type: KeyType, rsa_hash: Hash) -> Scheme {
     match key_type {
         KeyType::Ed25519 => Scheme::Ed25519,
-        KeyType::Ecdsa(curve) => Scheme::Ecdsa(curve),
+        KeyType::Ecdsa(curve) => Scheme::Ecdsa(curve_hash(curve)),
         KeyType::Rsa => Scheme::RsaPkcs1v15(rsa_hash),
         KeyType::MlDsa44Ed25519 => Scheme::MlDsa44Ed25519,
         KeyType::SkEd25519 | KeyType::SkEcdsa => Scheme::Sk,
