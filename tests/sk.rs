@@ -193,7 +193,7 @@ async fn the_pin_reaches_the_helper_and_its_refusal_is_told_apart() {
 #[tokio::test]
 async fn the_helpers_errors_have_their_names() {
     for (code, expected) in
-        [(r"\074", DeviceError::Absent), (r"\073", DeviceError::Unsupported("the authenticator does not support it"))]
+        [(r"\074", DeviceError::Absent), (r"\073", DeviceError::unsupported("the authenticator does not support it"))]
     {
         let bench = Bench::with_helper(&format!(r"printf '\0\0\0\011\005\0\0\0\0\0\0\0{code}'"));
         assert_eq!(paper_key(&bench).sign(DATA, None, in_time()).await, Err(expected));

@@ -4,6 +4,7 @@
 //! A [`Driver`] is code for one kind of device. The vault holds [`Device`]s: handles with a queue, a deadline for each
 //! operation and a state, behind which a driver works in this process or in a child process of its own.
 
+pub mod call;
 pub mod compute;
 pub mod operation;
 pub mod sk;
