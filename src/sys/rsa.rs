@@ -1,5 +1,5 @@
-//! RSA private keys on aws-lc's C interface. aws-lc-rs covers neither SHA-1 signatures nor keys below 2048 bits, and
-//! takes no key in the six integers that SSH sends; ssh needs all three.
+//! RSA on aws-lc's C interface. aws-lc-rs covers neither SHA-1 signatures, nor signatures without a DigestInfo, nor keys
+//! below 2048 or above 8192 bits, and takes no key in the six integers that SSH sends; we need them all.
 #![allow(unsafe_code)]
 
 use std::{fmt, ptr, ptr::NonNull, slice};
@@ -25,21 +25,131 @@ pub struct RsaIntegers<'a> {
     pub q: &'a [u8],
 }
 
-/// An RSA private key, parsed and checked. Its memory is wiped by aws-lc when it is dropped.
-pub struct RsaKey(NonNull<lc::RSA>);
+/// The object of either half of a key. aws-lc wipes its memory when it is dropped.
+struct Rsa(NonNull<lc::RSA>);
 
-// SAFETY: an RSA object has no thread affinity, and aws-lc documents that private-key operations on one object may run
-// on several threads at once (its blinding and Montgomery caches are locked inside). We never mutate it after creation.
-unsafe impl Send for RsaKey {}
+// SAFETY: an RSA object has no thread affinity, and aws-lc documents that operations on one object may run on several
+// threads at once (its blinding and Montgomery caches are locked inside). We never mutate it after creation.
+unsafe impl Send for Rsa {}
 // SAFETY: as above.
-unsafe impl Sync for RsaKey {}
+unsafe impl Sync for Rsa {}
 
-impl Drop for RsaKey {
+impl Drop for Rsa {
     fn drop(&mut self) {
         // SAFETY: the pointer came from aws-lc, is owned by us alone and is not used again.
         unsafe { lc::RSA_free(self.0.as_ptr()) }
     }
 }
+
+impl Rsa {
+    fn as_ptr(&self) -> *mut lc::RSA {
+        self.0.as_ptr()
+    }
+
+    /// The modulus's length in bytes, which is that of every signature and ciphertext.
+    fn size(&self) -> usize {
+        // SAFETY: the key is live.
+        unsafe { lc::RSA_size(self.as_ptr()) as usize }
+    }
+}
+
+fn nid(hash: Hash) -> i32 {
+    match hash {
+        Hash::Sha1 => lc::NID_sha1,
+        Hash::Sha256 => lc::NID_sha256,
+        Hash::Sha384 => lc::NID_sha384,
+        Hash::Sha512 => lc::NID_sha512,
+    }
+}
+
+fn md(hash: Hash) -> *const lc::EVP_MD {
+    // SAFETY: no preconditions; each returns a pointer to a static object.
+    unsafe {
+        match hash {
+            Hash::Sha1 => lc::EVP_sha1(),
+            Hash::Sha256 => lc::EVP_sha256(),
+            Hash::Sha384 => lc::EVP_sha384(),
+            Hash::Sha512 => lc::EVP_sha512(),
+        }
+    }
+}
+
+/// For PSS: a salt as long as the digest.
+const SALT_IS_DIGEST_LEN: i32 = -1;
+
+/// An RSA public key.
+pub struct RsaPublicKey(Rsa);
+
+impl RsaPublicKey {
+    /// A key from the magnitudes of its modulus and exponent; `None` when aws-lc takes no such key.
+    pub fn new(n: &[u8], e: &[u8]) -> Option<Self> {
+        let (n, e) = (Bn::from_bytes(n)?, Bn::from_bytes(e)?);
+        // SAFETY: both are live big numbers, which aws-lc copies.
+        NonNull::new(unsafe { lc::RSA_new_public_key(n.0.as_ptr(), e.0.as_ptr()) }).map(|key| Self(Rsa(key)))
+    }
+
+    /// Whether this is an RSASSA-PKCS1-v1_5 signature over a digest of `hash`'s length (RFC 8017, 8.2).
+    pub fn verify_pkcs1v15(&self, hash: Hash, digest: &[u8], signature: &[u8]) -> bool {
+        // SAFETY: both slices are described by pointer and length; the key is live and not changed.
+        let good = unsafe {
+            lc::RSA_verify(
+                nid(hash),
+                digest.as_ptr(),
+                digest.len(),
+                signature.as_ptr(),
+                signature.len(),
+                self.0.as_ptr(),
+            )
+        };
+        good == 1
+    }
+
+    /// Whether this is EMSA-PKCS1-v1_5's padding around `data` itself, with no DigestInfo, signed.
+    pub fn verify_pkcs1v15_raw(&self, data: &[u8], signature: &[u8]) -> bool {
+        let mut found = vec![0; self.0.size()];
+        let mut len = 0;
+        // SAFETY: `found` has RSA_size bytes as aws-lc requires, `signature` is described by pointer and length, and the
+        // key is live and not changed.
+        let good = unsafe {
+            lc::RSA_verify_raw(
+                self.0.as_ptr(),
+                &raw mut len,
+                found.as_mut_ptr(),
+                found.len(),
+                signature.as_ptr(),
+                signature.len(),
+                lc::RSA_PKCS1_PADDING,
+            )
+        };
+        good == 1 && found.get(..len) == Some(data)
+    }
+
+    /// Whether this is an RSASSA-PSS signature over a digest of `hash`'s length, with MGF1 of the same hash and a salt as
+    /// long as the digest (RFC 8017, 8.1).
+    pub fn verify_pss(&self, hash: Hash, digest: &[u8], signature: &[u8]) -> bool {
+        if digest.len() != hash.digest_len() {
+            return false;
+        }
+        // SAFETY: `digest` is as long as the hash makes them, which aws-lc requires; `signature` is described by pointer
+        // and length; the key is live and not changed.
+        let good = unsafe {
+            lc::RSA_verify_pss_mgf1(
+                self.0.as_ptr(),
+                digest.as_ptr(),
+                digest.len(),
+                md(hash),
+                md(hash),
+                SALT_IS_DIGEST_LEN,
+                signature.as_ptr(),
+                signature.len(),
+            )
+        };
+        good == 1
+    }
+}
+
+/// An RSA private key, parsed and checked.
+pub struct RsaKey(Rsa);
 
 impl fmt::Debug for RsaKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -108,14 +218,14 @@ impl RsaKey {
                 iqmp.0.as_ptr(),
             )
         })?;
-        Self(rsa).checked()
+        Self(Rsa(rsa)).checked()
     }
 
     /// Reads what [`RsaKey::to_der`] wrote: an RSAPrivateKey of RFC 8017, A.1.2.
     pub fn from_der(der: &[u8]) -> Option<Self> {
         // SAFETY: pointer and length describe `der`.
         let rsa = NonNull::new(unsafe { lc::RSA_private_key_from_bytes(der.as_ptr(), der.len()) })?;
-        Self(rsa).checked()
+        Self(Rsa(rsa)).checked()
     }
 
     fn checked(self) -> Option<Self> {
@@ -145,19 +255,12 @@ impl RsaKey {
 
     /// RSASSA-PKCS1-v1_5 over a digest of `hash`'s length (RFC 8017, 8.2).
     pub fn sign_digest(&self, hash: Hash, digest: &[u8]) -> Option<Vec<u8>> {
-        let nid = match hash {
-            Hash::Sha1 => lc::NID_sha1,
-            Hash::Sha256 => lc::NID_sha256,
-            Hash::Sha384 => lc::NID_sha384,
-            Hash::Sha512 => lc::NID_sha512,
-        };
-        // SAFETY: the key is live.
-        let mut out = vec![0; unsafe { lc::RSA_size(self.0.as_ptr()) } as usize];
+        let mut out = vec![0; self.0.size()];
         let mut len = 0;
         // SAFETY: `digest` is described by pointer and length, `out` has RSA_size bytes as aws-lc requires, and the
         // key is not changed by signing although the C signature takes it as mutable.
         let done = unsafe {
-            lc::RSA_sign(nid, digest.as_ptr(), digest.len(), out.as_mut_ptr(), &raw mut len, self.0.as_ptr())
+            lc::RSA_sign(nid(hash), digest.as_ptr(), digest.len(), out.as_mut_ptr(), &raw mut len, self.0.as_ptr())
         };
         (done == 1).then(|| {
             out.truncate(len as usize);

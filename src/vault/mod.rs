@@ -25,12 +25,7 @@ use tracing::{debug, error, info, warn};
 use zeroize::Zeroizing;
 
 use crate::{
-    devices::{
-        DeviceError, Hash, Scheme, Signature,
-        compute::Compute,
-        sk::SkKey,
-        soft::{SoftKey, curve_hash},
-    },
+    devices::{DeviceError, Hash, Scheme, Signature, compute::Compute, sk::SkKey, soft::SoftKey},
     prompt::{PromptError, Prompter},
     public_key::KeyType,
     sys::{clock, peer},
@@ -593,8 +588,9 @@ fn identified(caller: &Arc<Caller>) -> Arc<Caller> {
 
 fn scheme_of(key_type: KeyType, rsa_hash: Hash) -> Scheme {
     match key_type {
-        KeyType::Ed25519 => Scheme::Ed25519,
-        KeyType::Ecdsa(curve) => Scheme::Ecdsa(curve_hash(curve)),
+        // An X25519 key signs nothing, and says so.
+        KeyType::Ed25519 | KeyType::Ed25519Expanded | KeyType::X25519 => Scheme::Ed25519,
+        KeyType::Ecdsa(curve) => Scheme::Ecdsa(Hash::of_curve(curve)),
         KeyType::Rsa => Scheme::RsaPkcs1v15(rsa_hash),
         KeyType::MlDsa44Ed25519 => Scheme::MlDsa44Ed25519,
         KeyType::SkEd25519 | KeyType::SkEcdsa => Scheme::Sk,

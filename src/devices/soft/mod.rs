@@ -1,5 +1,7 @@
 //! Keys in this process's memory: how they are made, used and sealed. Knows private values and arithmetic; no policy.
 
+pub mod ed25519;
+
 use std::{
     fmt,
     sync::{PoisonError, RwLock},
@@ -129,15 +131,6 @@ impl SoftKey {
     }
 }
 
-/// The hash that RFC 5656, section 6.2.1, gives a curve.
-pub fn curve_hash(curve: Curve) -> Hash {
-    match curve {
-        Curve::P256 => Hash::Sha256,
-        Curve::P384 => Hash::Sha384,
-        Curve::P521 => Hash::Sha512,
-    }
-}
-
 impl Signer {
     fn ed25519(seed: &[u8], public: &[u8]) -> Result<Self, DeviceError> {
         if seed.len() != 32 {
@@ -188,7 +181,7 @@ impl Signer {
                 let signature = pair.try_sign(data).map_err(|_| FAILED())?;
                 Ok(Signature::Ed25519(signature.as_ref().try_into().map_err(|_| FAILED())?))
             }
-            (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(hash)) if hash == curve_hash(*curve) => {
+            (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(hash)) if hash == Hash::of_curve(*curve) => {
                 let signature = pair.sign(&SystemRandom::new(), data).map_err(|_| FAILED())?;
                 Ok(Signature::Ecdsa(*curve, signature.as_ref().to_vec()))
             }
@@ -243,7 +236,7 @@ impl Signer {
             }
             KeyType::Rsa => Ok(Self::Rsa(RsaKey::from_der(secret).ok_or(MISMATCH)?)),
             KeyType::MlDsa44Ed25519 => Ok(Self::mldsa44_ed25519(secret)?.0),
-            KeyType::SkEd25519 | KeyType::SkEcdsa => Err(MISMATCH),
+            KeyType::SkEd25519 | KeyType::SkEcdsa | KeyType::Ed25519Expanded | KeyType::X25519 => Err(MISMATCH),
         }
     }
 }
