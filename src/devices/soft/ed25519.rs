@@ -1,5 +1,5 @@
 //! Ed25519 in tor's forms: keys that are a scalar and a nonce prefix rather than a seed, and keys blinded by a parameter
-//! (rend-spec-v3, appendix A). Knows points and scalars; no file and no message.
+//! (rend-spec-v3, appendix A). Knows points, scalars and tor's file of a secret key.
 
 use curve25519_dalek::{EdwardsPoint, Scalar, edwards::CompressedEdwardsY, scalar::clamp_integer};
 use ed25519_dalek::{
@@ -80,6 +80,14 @@ impl ExpandedKey {
         out[64..].copy_from_slice(public.as_bytes());
         out
     }
+}
+
+/// How tor's `hs_ed25519_secret_key` begins, to its 32nd byte.
+const TOR_FILE_HEADER: &[u8; 32] = b"== ed25519v1-secret: type0 ==\0\0\0";
+
+/// What [`ExpandedKey::new`] takes, out of the contents of tor's `hs_ed25519_secret_key`; `None` when they are not that.
+pub fn from_tor_file(file: &[u8]) -> Option<&[u8; 64]> {
+    file.strip_prefix(TOR_FILE_HEADER)?.try_into().ok()
 }
 
 /// The public key that [`ExpandedKey::sign_blinded`] signs under; `None` when `public` is not a point of the curve.
