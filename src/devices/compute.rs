@@ -2,7 +2,6 @@
 //! so that a flood of RSA leaves the quick signatures their microseconds. Knows no keys.
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
     thread,
 };
@@ -10,7 +9,7 @@ use std::{
 use tokio::sync::oneshot;
 use tracing::error;
 
-use super::DeviceError;
+use super::{DeviceError, turns::Turns};
 
 /// Steps of niceness. Measured: enough for quick signatures to keep their rate beside a flood of RSA-4096, while
 /// SCHED_IDLE would leave RSA nothing on a busy machine.
@@ -20,31 +19,9 @@ type Job = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct Queue {
-    jobs: Mutex<Turns>,
+    /// Their number is bounded by what a connection may have in flight.
+    jobs: Mutex<Turns<Job>>,
     ready: Condvar,
-}
-
-/// Jobs by who wants them. Each has a turn for one job, so that a flood of one holds up the others by a job apiece.
-/// Their number is bounded by what a connection may have in flight.
-#[derive(Default)]
-struct Turns(VecDeque<(u64, VecDeque<Job>)>);
-
-impl Turns {
-    fn push(&mut self, owner: u64, job: Job) {
-        match self.0.iter_mut().find(|(other, _)| *other == owner) {
-            Some((_, jobs)) => jobs.push_back(job),
-            None => self.0.push_back((owner, VecDeque::from([job]))),
-        }
-    }
-
-    fn pop(&mut self) -> Option<Job> {
-        let (owner, mut jobs) = self.0.pop_front()?;
-        let job = jobs.pop_front();
-        if !jobs.is_empty() {
-            self.0.push_back((owner, jobs));
-        }
-        job
-    }
 }
 
 /// The pool. Its threads start with its first job and live as long as the process.
@@ -114,24 +91,5 @@ fn serve(queue: &Queue) {
         drop(jobs);
         // A panic must not shrink the pool; its caller learns that the computation died.
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn owners_take_turns() {
-        let (order, mut turns) = (Arc::new(Mutex::new(Vec::new())), Turns::default());
-        for (owner, name) in [(1, "a1"), (1, "a2"), (1, "a3"), (2, "b1"), (3, "c1"), (2, "b2")] {
-            let order = Arc::clone(&order);
-            turns.push(owner, Box::new(move || order.lock().unwrap().push(name)));
-        }
-        while let Some(job) = turns.pop() {
-            job();
-        }
-        assert_eq!(*order.lock().unwrap(), ["a1", "b1", "c1", "a2", "b2", "a3"]);
     }
 }
