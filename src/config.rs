@@ -2,6 +2,8 @@
 //!
 //! No file is needed to start. `contrib/config.toml` shows every setting with its default.
 
+mod device;
+
 use std::{
     env, fs, io,
     ops::Range,
@@ -14,7 +16,10 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use thiserror::Error;
 use toml::Spanned;
 
+pub use device::{DeviceConfig, DriverConfig};
+
 use crate::{prompt::MAX_OPEN, public_key::FingerprintHash};
+use device::DeviceForm;
 
 /// A file longer than this is not a configuration, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -33,6 +38,8 @@ pub struct Config {
     /// The doors, in the file's order. Sockets that systemd hands over take the place of their paths, and keep the
     /// other settings of the first door of their kind.
     pub listen: Vec<Listen>,
+    /// The devices that the vault holds, in the file's order.
+    pub devices: Vec<DeviceConfig>,
     /// What keys may do.
     pub agent: AgentConfig,
     /// How people are asked.
@@ -238,6 +245,7 @@ impl Config {
         let doors = [DoorKind::Ssh, DoorKind::Service];
         Self {
             listen: doors.map(|door| system.default_door(door)).into(),
+            devices: Vec::new(),
             agent: AgentConfig::default(),
             prompt: PromptConfig::default(),
             log: LogConfig::default(),
@@ -252,7 +260,8 @@ impl Config {
             Some(forms) => doors(forms, system)?,
             None => defaults.listen,
         };
-        Ok(Self { listen, agent: form.agent, prompt: form.prompt.check(system)?, log: form.log, ..defaults })
+        let devices = device::devices(form.device, system)?;
+        Ok(Self { listen, devices, agent: form.agent, prompt: form.prompt.check(system)?, log: form.log, ..defaults })
     }
 
     /// Puts the command line's sockets in place of the configured doors. They keep what else is set for ssh doors.
@@ -418,6 +427,7 @@ pub fn parse_time(text: &str) -> Option<Duration> {
 #[serde(deny_unknown_fields, default)]
 struct FileForm {
     listen: Option<Vec<Spanned<ListenForm>>>,
+    device: Vec<Spanned<DeviceForm>>,
     agent: AgentConfig,
     prompt: PromptForm,
     log: LogConfig,

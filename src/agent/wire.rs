@@ -379,12 +379,12 @@ pub fn identities_answer(identities: &[Arc<Identity>], left_out: impl FnOnce(usi
     let mut out = vec![0; HEAD];
     let mut count = 0;
     for identity in identities.iter().take(MAX_LISTED) {
-        let more = 8 + identity.blob.len() + identity.comment.len();
+        let more = 8 + identity.blob.len() + identity.comment().len();
         if out.len() + more > super::frame::MAX_FRAME {
             break;
         }
         out.put_string(&identity.blob);
-        out.put_string(&identity.comment);
+        out.put_string(identity.comment());
         count += 1;
     }
     if count < identities.len() {

@@ -16,7 +16,7 @@ use fips204::{
 };
 use zeroize::Zeroizing;
 
-use super::{DeviceError, Hash, Open, Scheme, Seal, Signature};
+use super::{DeviceError, Hash, Input, Open, Operation, Outcome, Scheme, Seal, Signature};
 use crate::{
     public_key::{Curve, KeyType, MLDSA44_ED25519_LABEL, mldsa44_ed25519_message},
     sys::rsa::{RsaIntegers, RsaKey},
@@ -100,6 +100,14 @@ impl SoftKey {
     /// Whether a signature takes so little time (some ten microseconds) that handing it to another thread costs more.
     pub fn is_fast(&self) -> bool {
         matches!(self.key_type, KeyType::Ed25519 | KeyType::Ecdsa(Curve::P256 | Curve::P384))
+    }
+
+    /// Does what it is asked.
+    pub fn operate(&self, operation: &Operation<'_>) -> Result<Outcome, DeviceError> {
+        match operation {
+            Operation::Sign { scheme, input: Input::Message(data) } => self.sign(*scheme, data).map(Outcome::Signature),
+            _ => Err(DeviceError::unsupported("soft keys make signatures only")),
+        }
     }
 
     /// Signs `data`, hashing it as the scheme says.
