@@ -277,6 +277,14 @@ fn read_private<'a>(
             let parts = SoftParts::MlDsa44Ed25519 { seeds: r.string()?, public: (mldsa, ed25519) };
             (same(public)?, PrivateParts::Soft(parts))
         }
+        (KeyType::Ed25519Expanded, _) => {
+            let (public, secret) = (r.string()?, r.string()?);
+            (PublicKey::Ed25519(public), PrivateParts::Soft(SoftParts::Ed25519Expanded { secret, public }))
+        }
+        (KeyType::X25519, _) => {
+            let (public, secret) = (r.string()?, r.string()?);
+            (PublicKey::X25519(public), PrivateParts::Soft(SoftParts::X25519 { secret, public }))
+        }
         (KeyType::SkEd25519 | KeyType::SkEcdsa, _) => {
             let public = match (key_type, certified) {
                 // The Ed25519 form repeats its point even beside a certificate, and both forms the application.
