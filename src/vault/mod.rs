@@ -8,6 +8,7 @@ pub mod pattern;
 pub mod policy;
 pub mod purpose;
 pub mod seal;
+pub mod store;
 
 use std::{
     future::Future,

@@ -29,22 +29,10 @@ pub struct Lock {
 const PROOF: &[u8] = b"strongroom lock";
 
 impl SealKey {
-    /// Derives a key from a password; takes some 50 ms and 24 MiB, so never where something else waits.
+    /// Derives a key from a password. Blocks as [`stretch`] does.
     fn derive(password: &[u8], salt: &[u8; 16]) -> Result<Self, DeviceError> {
-        let failed = |_| DeviceError::Failed("the lock password could not be made into a key".into());
-        let params = Params::new(MEMORY_KIB, PASSES, 1, Some(32)).map_err(failed)?;
-        let mut key = Zeroizing::new([0; 32]);
-        // The key is a hash of the last block, so the blocks are as secret as the key. Each attempt gives them back.
-        memory::return_large_blocks();
-        let mut blocks = vec![Block::default(); params.block_count()];
-        let hashed = Argon2::new(Algorithm::Argon2id, Version::V0x13, params).hash_password_into_with_memory(
-            password,
-            salt,
-            &mut *key,
-            &mut blocks,
-        );
-        blocks.zeroize();
-        hashed.map_err(failed)?;
+        let key = stretch(password, salt)
+            .map_err(|_| DeviceError::Failed("the lock password could not be made into a key".into()))?;
         let key = UnboundKey::new(&CHACHA20_POLY1305, &*key)
             .map_err(|_| DeviceError::Failed("the sealing key was refused".into()))?;
         Ok(Self { key: LessSafeKey::new(key), sealed: 0 })
@@ -76,6 +64,20 @@ impl SealKey {
         text.truncate(len);
         Ok(text)
     }
+}
+
+/// Argon2id of a secret that can be guessed, so that each guess costs as much: some 50 ms and 24 MiB. Never where
+/// something else waits.
+pub(super) fn stretch(secret: &[u8], salt: &[u8; 16]) -> Result<Zeroizing<[u8; 32]>, argon2::Error> {
+    let params = Params::new(MEMORY_KIB, PASSES, 1, Some(32))?;
+    let mut key = Zeroizing::new([0; 32]);
+    // The key is a hash of the last block, so the blocks are as secret as the key. Each attempt gives them back.
+    memory::return_large_blocks();
+    let mut blocks = vec![Block::default(); params.block_count()];
+    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
+    let hashed = argon2.hash_password_into_with_memory(secret, salt, &mut *key, &mut blocks);
+    blocks.zeroize();
+    hashed.map(|()| key)
 }
 
 impl Lock {
