@@ -241,9 +241,11 @@ fn what_is_no_state_file_is_refused_and_left_alone() {
     assert!(error.to_string().contains("no schema version"), "{error}");
 }
 
+type Pairs = TableDefinition<'static, (&'static [u8], &'static [u8]), &'static [u8]>;
+
 const META: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("meta");
-const PAIRS: [TableDefinition<'_, (&[u8], &[u8]), &[u8]>; 2] =
-    [TableDefinition::new("places"), TableDefinition::new("pin-marks")];
+const PLACES: Pairs = TableDefinition::new("places");
+const MARKS: Pairs = TableDefinition::new("pin-marks");
 
 /// Changes a closed file without the store.
 fn tamper(place: &Place, change: impl FnOnce(&redb::WriteTransaction)) {
@@ -270,10 +272,10 @@ fn a_file_from_the_future_is_refused_unchanged() {
 async fn a_record_that_does_not_parse_costs_itself_only() {
     let place = Place::holding(valid());
     tamper(&place, |t| {
-        let mut places = t.open_table(PAIRS[0]).unwrap();
+        let mut places = t.open_table(PLACES).unwrap();
         places.insert((&b"hsm"[..], &2usize.to_be_bytes()[..]), &b"\x01nonsense"[..]).unwrap();
         places.insert((&b"unknown"[..], &b"slot"[..]), &b"\x01"[..]).unwrap();
-        let mut marks = t.open_table(PAIRS[1]).unwrap();
+        let mut marks = t.open_table(MARKS).unwrap();
         let names: Vec<_> = marks.iter().unwrap().map(|entry| entry.unwrap().0.value().1.to_vec()).collect();
         assert_eq!(names.len(), 2);
         for name in names {
