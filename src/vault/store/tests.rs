@@ -379,7 +379,8 @@ fn what_was_acknowledged_survives_kill_9_and_two_processes_share_nothing() {
         return work_until_killed(Path::new(&directory));
     }
     let place = Place::new();
-    let name = thread::current().name().unwrap().to_owned();
+    let (_, module) = module_path!().split_once("::").unwrap();
+    let name = format!("{module}::what_was_acknowledged_survives_kill_9_and_two_processes_share_nothing");
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let mut acknowledged = 0;
     for lines in [1, 2, 4] {
