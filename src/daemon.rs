@@ -230,6 +230,9 @@ impl Agent {
         if config.prompt != self.config.prompt {
             warn!("the settings of [prompt] changed; they take effect when the agent is started again");
         }
+        if config.state != self.config.state {
+            warn!("the directory of the state changed; it takes effect when the agent is started again");
+        }
         let opened = |door: &OpenDoor| matches!(door.source, Source::Opened(_));
         if self.doors.iter().any(opened) && paths(&config) != paths(&self.config) {
             warn!("the paths of [[listen]] changed; start the agent again to open and close sockets");
