@@ -323,7 +323,7 @@ pub fn put_bare(out: &mut Vec<u8>, number: u8) {
 }
 
 /// Appends a frame whose body `write` appends.
-fn put_frame(out: &mut Vec<u8>, number: u8, write: impl FnOnce(&mut Vec<u8>)) {
+pub(super) fn put_frame(out: &mut Vec<u8>, number: u8, write: impl FnOnce(&mut Vec<u8>)) {
     patch_length(out, |out| {
         out.push(number);
         write(out);
@@ -331,7 +331,7 @@ fn put_frame(out: &mut Vec<u8>, number: u8, write: impl FnOnce(&mut Vec<u8>)) {
 }
 
 /// Appends a `uint32` length and what `write` appends, of which it is the length.
-fn patch_length(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+pub(super) fn patch_length(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     let at = out.len();
     out.put_u32(0);
     write(out);
