@@ -2,7 +2,6 @@
 //! so that a flood of RSA leaves the quick signatures their microseconds. Knows no keys.
 
 use std::{
-    collections::VecDeque,
     sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
     thread,
 };
@@ -10,7 +9,7 @@ use std::{
 use tokio::sync::oneshot;
 use tracing::error;
 
-use super::DeviceError;
+use super::{DeviceError, turns::Turns};
 
 /// Steps of niceness. Measured: enough for quick signatures to keep their rate beside a flood of RSA-4096, while
 /// SCHED_IDLE would leave RSA nothing on a busy machine.
@@ -20,78 +19,71 @@ type Job = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct Queue {
-    jobs: Mutex<Turns>,
+    /// Their number is bounded by what a connection may have in flight.
+    jobs: Mutex<Turns<Job>>,
     ready: Condvar,
-}
-
-/// Jobs by who wants them. Each has a turn for one job, so that a flood of one holds up the others by a job apiece.
-/// Their number is bounded by what a connection may have in flight.
-#[derive(Default)]
-struct Turns(VecDeque<(u64, VecDeque<Job>)>);
-
-impl Turns {
-    fn push(&mut self, owner: u64, job: Job) {
-        match self.0.iter_mut().find(|(other, _)| *other == owner) {
-            Some((_, jobs)) => jobs.push_back(job),
-            None => self.0.push_back((owner, VecDeque::from([job]))),
-        }
-    }
-
-    fn pop(&mut self) -> Option<Job> {
-        let (owner, mut jobs) = self.0.pop_front()?;
-        let job = jobs.pop_front();
-        if !jobs.is_empty() {
-            self.0.push_back((owner, jobs));
-        }
-        job
-    }
 }
 
 /// The pool. Its threads start with its first job and live as long as the process.
 pub struct Compute {
-    threads: usize,
+    /// None of its own: work is done where it is asked for.
+    threads: Option<usize>,
     queue: OnceLock<Arc<Queue>>,
 }
 
 impl Compute {
     /// A pool of one thread for each core.
     pub fn new() -> Self {
-        Self { threads: thread::available_parallelism().map_or(1, usize::from), queue: OnceLock::new() }
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Self { threads: Some(cores), queue: OnceLock::new() }
     }
 
-    /// Runs `work` on the pool, in turn with that of other owners. When the caller gives up, work that has not begun is dropped, and the result of work
-    /// that has is.
+    /// A pool without threads: whoever asks for work does it. For simulations, in which nothing may happen at once.
+    pub fn inline() -> Self {
+        Self { threads: None, queue: OnceLock::new() }
+    }
+
+    /// Runs `work` on the pool, in turn with that of other owners. When the caller gives up, work that has not begun is
+    /// dropped, and the result of work that has is.
     pub async fn run<T: Send + 'static>(
         &self,
         owner: u64,
         work: impl FnOnce() -> Result<T, DeviceError> + Send + 'static,
     ) -> Result<T, DeviceError> {
+        let Some(threads) = self.threads else { return work() };
         let (sender, receiver) = oneshot::channel();
         let job = move || {
             if !sender.is_closed() {
                 let _ = sender.send(work());
             }
         };
-        self.push(owner, Box::new(job));
+        let queue = self.queue.get_or_init(|| start(threads));
+        queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).push(owner, Box::new(job));
+        queue.ready.notify_one();
         receiver.await.unwrap_or_else(|_| Err(DeviceError::Failed("the computation died".into())))
     }
 
-    fn push(&self, owner: u64, job: Job) {
-        let queue = self.queue.get_or_init(|| self.start());
-        queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).push(owner, job);
-        queue.ready.notify_one();
-    }
-
-    fn start(&self) -> Arc<Queue> {
-        let queue = Arc::new(Queue::default());
-        for n in 0..self.threads {
-            let queue = Arc::clone(&queue);
-            if let Err(e) = thread::Builder::new().name(format!("compute-{n}")).spawn(move || serve(&queue)) {
-                error!("cannot start a compute thread: {e}");
-            }
+    /// Runs `work` on a thread of its own, which no other work can keep waiting and which ends by itself even when nobody
+    /// waits for it any more. `None` when it died, or could not start.
+    pub async fn apart<T: Send + 'static>(&self, name: &str, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        if self.threads.is_none() {
+            return Some(work());
         }
-        queue
+        let (sender, receiver) = oneshot::channel();
+        thread::Builder::new().name(name.to_owned()).spawn(move || drop(sender.send(work()))).ok()?;
+        receiver.await.ok()
     }
+}
+
+fn start(threads: usize) -> Arc<Queue> {
+    let queue = Arc::new(Queue::default());
+    for n in 0..threads {
+        let queue = Arc::clone(&queue);
+        if let Err(e) = thread::Builder::new().name(format!("compute-{n}")).spawn(move || serve(&queue)) {
+            error!("cannot start a compute thread: {e}");
+        }
+    }
+    queue
 }
 
 impl Default for Compute {
@@ -114,24 +106,5 @@ fn serve(queue: &Queue) {
         drop(jobs);
         // A panic must not shrink the pool; its caller learns that the computation died.
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn owners_take_turns() {
-        let (order, mut turns) = (Arc::new(Mutex::new(Vec::new())), Turns::default());
-        for (owner, name) in [(1, "a1"), (1, "a2"), (1, "a3"), (2, "b1"), (3, "c1"), (2, "b2")] {
-            let order = Arc::clone(&order);
-            turns.push(owner, Box::new(move || order.lock().unwrap().push(name)));
-        }
-        while let Some(job) = turns.pop() {
-            job();
-        }
-        assert_eq!(*order.lock().unwrap(), ["a1", "b1", "c1", "a2", "b2", "a3"]);
     }
 }

@@ -6,9 +6,14 @@
 
 pub mod call;
 pub mod compute;
+pub mod device;
+pub mod in_process;
 pub mod operation;
 pub mod sk;
 pub mod soft;
+pub mod turns;
+pub mod verify;
+mod worker;
 
 use std::{borrow::Cow, fmt, future::Future, sync::Arc};
 
@@ -16,6 +21,9 @@ use secrecy::SecretString;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
+use crate::{public_key::KeyType, rfc4251::Reader};
+
+pub use device::{Counters, Device, Patience, Settings};
 pub use operation::{DecryptScheme, DeriveScheme, Hash, Input, Operation, Outcome, Scheme, Signature};
 
 /// Encrypts a secret when the vault is locked.
@@ -177,6 +185,14 @@ pub trait Driver: Send + Sync + Sized + 'static {
 /// a key can be registered while its device is away.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Slot(pub Arc<[u8]>);
+
+impl FoundKey {
+    /// The type in its blob; `None` for a type that is not known here.
+    pub fn key_type(&self) -> Option<KeyType> {
+        let mut reader = Reader::new(&self.blob);
+        KeyType::from_name(reader.string().ok()?).map(|(key_type, _)| key_type)
+    }
+}
 
 /// What a scan found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

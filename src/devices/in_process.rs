@@ -1,0 +1,50 @@
+//! Drivers that run in the daemon's own process: those that never block. Knows drivers only.
+
+use std::{
+    future::{Future, pending},
+    sync::Arc,
+};
+
+use super::{
+    DeviceError, Driver,
+    call::{self, Call, Engine, Reply, Session},
+};
+
+/// Runs a driver here.
+pub struct InProcess<D: Driver>(Box<dyn Fn() -> D::Config + Send + Sync>);
+
+impl<D: Driver> InProcess<D> {
+    /// Opens it with what `config` makes, each time anew.
+    pub fn new(config: impl Fn() -> D::Config + Send + Sync + 'static) -> Self {
+        Self(Box::new(config))
+    }
+}
+
+impl<D: Driver> Engine for InProcess<D> {
+    type Session = Here<D>;
+
+    async fn open(&self) -> Result<Here<D>, DeviceError> {
+        let config = (self.0)();
+        Ok(Here(Arc::new(D::open(config).await?)))
+    }
+}
+
+/// A driver in this process. A call ends when its future is dropped.
+pub struct Here<D>(Arc<D>);
+
+impl<D: Driver> Session for Here<D> {
+    fn lanes(&self) -> usize {
+        self.0.lanes()
+    }
+
+    fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
+        let driver = Arc::clone(&self.0);
+        async move { call::perform(&*driver, call).await }
+    }
+
+    fn died(&self) -> impl Future<Output = String> + Send + 'static {
+        pending()
+    }
+
+    async fn end(self) {}
+}

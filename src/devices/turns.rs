@@ -1,0 +1,97 @@
+//! A queue in which owners take turns, so that a flood of one holds up the others by one job apiece. Knows no jobs.
+
+use std::collections::VecDeque;
+
+/// Jobs by who wants them, in the order of their turns.
+pub struct Turns<T> {
+    owners: VecDeque<(u64, VecDeque<T>)>,
+    len: usize,
+}
+
+impl<T> Default for Turns<T> {
+    fn default() -> Self {
+        Self { owners: VecDeque::new(), len: 0 }
+    }
+}
+
+impl<T> Turns<T> {
+    /// Adds a job behind the others of its owner.
+    pub fn push(&mut self, owner: u64, job: T) {
+        self.len += 1;
+        match self.owners.iter_mut().find(|(other, _)| *other == owner) {
+            Some((_, jobs)) => jobs.push_back(job),
+            None => self.owners.push_back((owner, VecDeque::from([job]))),
+        }
+    }
+
+    /// Takes the job whose turn it is.
+    pub fn pop(&mut self) -> Option<T> {
+        let (owner, mut jobs) = self.owners.pop_front()?;
+        let job = jobs.pop_front()?;
+        self.len -= 1;
+        if !jobs.is_empty() {
+            self.owners.push_back((owner, jobs));
+        }
+        Some(job)
+    }
+
+    /// Takes the first job of `owner` that `which` picks.
+    pub fn remove(&mut self, owner: u64, which: impl Fn(&T) -> bool) -> Option<T> {
+        let at = self.owners.iter().position(|(other, _)| *other == owner)?;
+        let jobs = &mut self.owners[at].1;
+        let job = jobs.iter().position(which).and_then(|n| jobs.remove(n))?;
+        if jobs.is_empty() {
+            self.owners.remove(at);
+        }
+        self.len -= 1;
+        Some(job)
+    }
+
+    /// Takes all jobs.
+    pub fn take(&mut self) -> impl Iterator<Item = T> + use<T> {
+        self.len = 0;
+        std::mem::take(&mut self.owners).into_iter().flat_map(|(_, jobs)| jobs)
+    }
+
+    /// How many jobs wait.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled() -> Turns<&'static str> {
+        let mut turns = Turns::default();
+        for (owner, job) in [(1, "a1"), (1, "a2"), (1, "a3"), (2, "b1"), (3, "c1"), (2, "b2")] {
+            turns.push(owner, job);
+        }
+        turns
+    }
+
+    #[test]
+    fn owners_take_turns() {
+        let mut turns = filled();
+        let order: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
+        assert_eq!(order, ["a1", "b1", "c1", "a2", "b2", "a3"]);
+        assert!(turns.is_empty());
+    }
+
+    #[test]
+    fn a_job_that_is_removed_leaves_the_others_their_order() {
+        let mut turns = filled();
+        assert_eq!(turns.remove(1, |job| *job == "a2"), Some("a2"));
+        assert_eq!(turns.remove(3, |job| *job == "c1"), Some("c1"));
+        assert_eq!(turns.remove(3, |job| *job == "c1"), None);
+        assert_eq!(turns.len(), 4);
+        assert_eq!(turns.take().collect::<Vec<_>>(), ["a1", "a3", "b1", "b2"]);
+        assert_eq!((turns.len(), turns.pop()), (0, None));
+    }
+}

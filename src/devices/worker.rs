@@ -1,0 +1,449 @@
+//! The task that keeps a device running: it opens it, hands calls to its lanes, notices when one outlives its time or the
+//! driver dies, and starts it again. Knows no vault and no person.
+
+use std::{
+    collections::BTreeMap,
+    future::pending,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    sync::oneshot,
+    task::JoinSet,
+    time::{Instant, sleep_until, timeout},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    DeviceError, DeviceState, Health, Status,
+    call::{Call, Engine, Reply, Session},
+    device::{Shared, shutting_down},
+};
+
+/// The pause before a driver is started again after its second death in a row; doubled each time…
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// …up to this. After the first death there is none.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// Deaths in a row after which the device counts as failed.
+const MAX_DEATHS: u32 = 5;
+/// A driver that has lived this long died for the first time.
+const STABLE: Duration = Duration::from_secs(10);
+/// How long a killed driver may take to be gone. A process in an uninterruptible sleep is left to itself.
+const END_PATIENCE: Duration = Duration::from_secs(2);
+
+pub(super) struct Worker<E> {
+    shared: Arc<Shared>,
+    engine: Arc<E>,
+    /// Deaths in a row.
+    deaths: u32,
+    /// Attempts in a row to open it that failed for a reason which will last.
+    failures: u32,
+}
+
+/// Why a driver does not run any more.
+enum Ended {
+    /// The daemon ends.
+    Told,
+    /// The device went away; the driver may be well.
+    Absent,
+    /// The driver died or hung, with the reason for a person.
+    Died(String),
+}
+
+impl<E: Engine> Worker<E> {
+    pub(super) fn new(shared: Arc<Shared>, engine: E) -> Self {
+        Self { shared, engine: Arc::new(engine), deaths: 0, failures: 0 }
+    }
+
+    /// Until the device is told to end.
+    pub(super) async fn run(mut self) {
+        while !self.shared.is_ending() {
+            let pause = match self.open().await {
+                Some(Ok(session)) => self.serve(session).await,
+                Some(Err(error)) => self.not_opened(error),
+                None => break,
+            };
+            self.pause(pause).await;
+        }
+        self.shared.refuse(&shutting_down());
+        self.shared.ended.send_replace(true);
+    }
+
+    /// Opens the device and looks for its keys. `None` when told to end meanwhile.
+    async fn open(&self) -> Option<Result<E::Session, DeviceError>> {
+        let engine = Arc::clone(&self.engine);
+        // A task of its own: a driver that panics must not take the worker with it.
+        let mut opening = JoinSet::new();
+        opening.spawn(async move {
+            let session = engine.open().await?;
+            match session.call(Call::Scan).await {
+                Ok(Reply::Scan(scan)) => Ok((session, scan)),
+                result => {
+                    session.end().await;
+                    Err(result.err().unwrap_or_else(|| DeviceError::Failed("a scan was answered with nonsense".into())))
+                }
+            }
+        });
+        let opened = tokio::select! {
+            biased;
+            opened = timeout(self.shared.settings.open_timeout, opening.join_next()) => opened,
+            () = self.told_to_end() => return None,
+        };
+        Some(match opened {
+            Ok(Some(Ok(Ok((session, scan))))) => {
+                let (status, scan) = (scan.status.clone(), Arc::new(scan));
+                self.publish(|state| (state.status, state.scan) = (Some(status), Some(scan)));
+                Ok(session)
+            }
+            Ok(Some(Ok(Err(error)))) => Err(error),
+            Ok(_) => Err(DeviceError::Failed("the driver panicked".to_owned())),
+            Err(_) => Err(DeviceError::Timeout),
+        })
+    }
+
+    async fn told_to_end(&self) {
+        while !self.shared.is_ending() {
+            self.shared.wake.notified().await;
+        }
+        // The next one to look learns it as well.
+        self.shared.wake.notify_one();
+    }
+
+    /// Says why the device did not open, and for how long it is left alone.
+    fn not_opened(&mut self, error: DeviceError) -> Duration {
+        let name = &self.shared.name;
+        match error {
+            DeviceError::Absent => {
+                self.absent();
+                self.shared.settings.probe
+            }
+            // What dies or hangs while it opens may do better the next time.
+            DeviceError::Restarted | DeviceError::Timeout if self.deaths + 1 < MAX_DEATHS => {
+                self.deaths += 1;
+                warn!(device = name, "not opened, tried again: {error}");
+                self.restarting();
+                back_off(self.deaths).max(FIRST_PAUSE)
+            }
+            error => {
+                self.failures = self.failures.saturating_add(1);
+                self.failed(&error.to_string());
+                back_off(self.failures).max(self.shared.settings.probe)
+            }
+        }
+    }
+
+    fn absent(&self) {
+        if self.publish(|state| state.health = Health::Absent) {
+            info!(device = self.shared.name, "absent");
+        }
+        self.shared.refuse(&DeviceError::Absent);
+    }
+
+    fn failed(&self, why: &str) {
+        if self.publish(|state| state.health = Health::Failed(why.to_owned())) {
+            warn!(device = self.shared.name, "failed, tried again in the background: {why}");
+        }
+        self.shared.refuse(&DeviceError::Failed(format!("the device has failed: {why}")));
+    }
+
+    fn restarting(&self) {
+        self.publish(|state| {
+            state.health = if state.scan.is_some() { Health::Restarting } else { Health::Probing };
+        });
+    }
+
+    /// Waits before the next attempt, unless told to look now or to end.
+    async fn pause(&self, pause: Duration) {
+        let until = Instant::now() + pause;
+        loop {
+            if self.shared.is_ending() || self.shared.take_probe() {
+                return;
+            }
+            tokio::select! {
+                biased;
+                () = sleep_until(until) => return,
+                () = self.shared.wake.notified() => {}
+            }
+        }
+    }
+
+    /// Serves with an open device until it ends; returns how long to wait before it is opened again.
+    async fn serve(&mut self, session: E::Session) -> Duration {
+        let born = Instant::now();
+        self.failures = 0;
+        let lanes = session.lanes().max(1);
+        self.shared.lanes.store(lanes, Ordering::Relaxed);
+        self.shared.admit();
+        if self.publish(|state| state.health = Health::Ready) {
+            info!(device = self.shared.name, lanes, "ready");
+        }
+        let ended = Lanes::new(&self.shared, &session, lanes).run().await;
+        self.shared.lanes.store(0, Ordering::Relaxed);
+        if let Ended::Died(_) = ended {
+            self.restarting();
+        }
+        if timeout(END_PATIENCE, session.end()).await.is_err() {
+            warn!(device = self.shared.name, "the driver's process does not go away; it is left to itself");
+        }
+        match ended {
+            Ended::Told => Duration::ZERO,
+            Ended::Absent => {
+                self.deaths = 0;
+                self.absent();
+                // It may have been put back already.
+                FIRST_PAUSE
+            }
+            Ended::Died(why) => {
+                self.shared.counts.restarts.fetch_add(1, Ordering::Relaxed);
+                self.deaths = if born.elapsed() >= STABLE { 1 } else { self.deaths.saturating_add(1) };
+                if self.deaths >= MAX_DEATHS {
+                    self.failed(&format!("it keeps ending: {why}"));
+                } else {
+                    warn!(device = self.shared.name, "restarted: {why}");
+                }
+                back_off(self.deaths)
+            }
+        }
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut DeviceState)) -> bool {
+        publish(&self.shared, change)
+    }
+}
+
+/// How long to wait after so many deaths or failures in a row.
+fn back_off(times: u32) -> Duration {
+    match times {
+        0 | 1 => Duration::ZERO,
+        n => FIRST_PAUSE.saturating_mul(1 << (n - 2).min(16)).min(LONGEST_PAUSE),
+    }
+}
+
+/// Changes the published state; whether that made a difference.
+fn publish(shared: &Shared, change: impl FnOnce(&mut DeviceState)) -> bool {
+    shared.state.send_if_modified(|state| {
+        let mut changed = DeviceState::clone(state);
+        change(&mut changed);
+        let differs = changed != **state;
+        if differs {
+            *state = Arc::new(changed);
+        }
+        differs
+    })
+}
+
+/// The calls inside one open driver.
+struct Lanes<'a, S> {
+    shared: &'a Shared,
+    session: &'a S,
+    lanes: usize,
+    running: JoinSet<(u64, Result<Reply, DeviceError>)>,
+    /// In the order of their start.
+    active: BTreeMap<u64, Active>,
+    started: u64,
+    /// When the other lanes have had time enough to finish; set once a lane is stalled.
+    drain_until: Option<Instant>,
+    /// When an idle device is asked how it is.
+    probe_at: Instant,
+    /// Whether keys may have changed.
+    rescan: bool,
+}
+
+struct Active {
+    task: Task,
+    /// From then on it is stalled.
+    limit: Instant,
+    stalled: bool,
+}
+
+/// What a call is for.
+enum Task {
+    /// Somebody's.
+    Job { reply: oneshot::Sender<Result<Reply, DeviceError>>, login: Login },
+    /// Our own, to see how the device is.
+    Probe,
+}
+
+/// What a successful call says about whether the device is locked.
+#[derive(Clone, Copy)]
+enum Login {
+    In,
+    Out,
+    Same,
+}
+
+impl<'a, S: Session> Lanes<'a, S> {
+    fn new(shared: &'a Shared, session: &'a S, lanes: usize) -> Self {
+        Self {
+            shared,
+            session,
+            lanes,
+            running: JoinSet::new(),
+            active: BTreeMap::new(),
+            started: 0,
+            drain_until: None,
+            probe_at: Instant::now() + shared.settings.probe,
+            rescan: false,
+        }
+    }
+
+    async fn run(mut self) -> Ended {
+        let mut died = std::pin::pin!(self.session.died());
+        let ended = loop {
+            if self.shared.is_ending() {
+                break Ended::Told;
+            }
+            self.fill();
+            if self.drain_until.is_some() && self.active.values().all(|active| active.stalled) {
+                break Ended::Died("an operation did not end".to_owned());
+            }
+            let limit = self.active.values().filter(|active| !active.stalled).map(|active| active.limit).min();
+            let probe = self.active.is_empty().then_some(self.probe_at);
+            tokio::select! {
+                biased;
+                Some(done) = self.running.join_next() => {
+                    if let Some(ended) = self.done(done) {
+                        break ended;
+                    }
+                }
+                why = &mut died => break Ended::Died(why),
+                () = at(limit) => self.stall(),
+                () = at(self.drain_until) => break Ended::Died("an operation did not end".to_owned()),
+                () = at(probe) => self.start(Call::Health, Task::Probe, self.shared.settings.timeout),
+                () = self.shared.wake.notified() => {
+                    if self.shared.take_probe() {
+                        self.rescan = true;
+                    }
+                }
+            }
+        };
+        self.give_up(if let Ended::Told = ended { shutting_down() } else { DeviceError::Restarted });
+        ended
+    }
+
+    /// Gives free lanes work. A stalled lane keeps the others from beginning anything.
+    fn fill(&mut self) {
+        while self.drain_until.is_none() && self.active.len() < self.lanes {
+            if std::mem::take(&mut self.rescan) {
+                self.start(Call::Scan, Task::Probe, self.shared.settings.open_timeout);
+            } else if let Some(job) = self.shared.next_job() {
+                let login = match job.call {
+                    Call::Unlock(_) => Login::In,
+                    Call::Lock => Login::Out,
+                    _ => Login::Same,
+                };
+                self.start(job.call, Task::Job { reply: job.reply, login }, job.limit);
+            } else {
+                break;
+            }
+        }
+        self.shared.active.store(self.active.len(), Ordering::Relaxed);
+    }
+
+    fn start(&mut self, call: Call, task: Task, limit: Duration) {
+        let id = self.started;
+        self.started += 1;
+        let call = self.session.call(call);
+        self.running.spawn(async move { (id, call.await) });
+        self.active.insert(id, Active { task, limit: Instant::now() + limit, stalled: false });
+    }
+
+    fn stall(&mut self) {
+        let now = Instant::now();
+        for active in self.active.values_mut().filter(|active| active.limit <= now) {
+            active.stalled = true;
+        }
+        self.drain_until.get_or_insert(now + self.shared.settings.grace);
+        warn!(device = self.shared.name, "stalled: an operation has outlived its time");
+        publish(self.shared, |state| state.health = Health::Stalled);
+    }
+
+    /// Passes on an answer. `Some` when the session is over.
+    fn done(&mut self, done: Result<(u64, Result<Reply, DeviceError>), tokio::task::JoinError>) -> Option<Ended> {
+        let Ok((id, result)) = done else { return Some(Ended::Died("the driver panicked".to_owned())) };
+        let active = self.active.remove(&id)?;
+        self.probe_at = Instant::now() + self.shared.settings.probe;
+        let ended = match &result {
+            Err(DeviceError::Absent) => Some(Ended::Absent),
+            Err(DeviceError::Restarted) => Some(Ended::Died("the driver died".to_owned())),
+            _ => None,
+        };
+        match active.task {
+            Task::Job { reply, login } => {
+                self.learn(&result, login);
+                // Whoever asked may have given up.
+                let _ = reply.send(result);
+            }
+            Task::Probe => self.probed(result),
+        }
+        // A stalled lane came back before it was ended: its driver is as good as new.
+        if ended.is_none() && self.drain_until.is_some() && !self.active.values().any(|active| active.stalled) {
+            self.drain_until = None;
+            publish(self.shared, |state| state.health = Health::Ready);
+        }
+        ended
+    }
+
+    /// What an answer to somebody else's call says about the device.
+    fn learn(&mut self, result: &Result<Reply, DeviceError>, login: Login) {
+        let status = |change: &dyn Fn(&mut Status)| {
+            publish(self.shared, |state| {
+                if let Some(status) = &mut state.status {
+                    change(status);
+                }
+            });
+        };
+        match (result, login) {
+            (Ok(_), Login::In) => {
+                status(&|status| status.locked = false);
+                // Some tokens show their keys, and what tries are left, only now.
+                self.rescan = true;
+            }
+            (Ok(_), Login::Out) => status(&|status| status.locked = true),
+            (Err(DeviceError::PinRequired), _) => status(&|status| status.locked = true),
+            (Err(DeviceError::PinWrong { left }), _) => status(&|status| status.tries_left = *left),
+            (Err(DeviceError::PinBlocked), _) => status(&|status| status.tries_left = Some(0)),
+            (Err(DeviceError::NoSuchKey), _) => self.rescan = true,
+            _ => {}
+        }
+    }
+
+    fn probed(&mut self, result: Result<Reply, DeviceError>) {
+        match result {
+            Ok(Reply::Scan(scan)) => {
+                let scan = Arc::new(scan);
+                publish(self.shared, |state| (state.status, state.scan) = (Some(scan.status.clone()), Some(scan)));
+            }
+            Ok(Reply::Status(status)) => {
+                let known = self.shared.state.borrow().status.as_ref().map(|known| known.generation);
+                self.rescan = known != Some(status.generation);
+                publish(self.shared, |state| state.status = Some(status));
+            }
+            Ok(_) => debug!(device = self.shared.name, "a probe was answered with nonsense"),
+            Err(error) => debug!(device = self.shared.name, "a probe failed: {error}"),
+        }
+    }
+
+    /// Answers for the calls that the driver takes with it.
+    fn give_up(&mut self, why: DeviceError) {
+        // Answers that have come already count.
+        while let Some(done) = self.running.try_join_next() {
+            let _ = self.done(done);
+        }
+        for active in std::mem::take(&mut self.active).into_values() {
+            if let Task::Job { reply, .. } = active.task {
+                let error = if active.stalled { DeviceError::Timeout } else { why.clone() };
+                let _ = reply.send(Err(error));
+            }
+        }
+        self.shared.active.store(0, Ordering::Relaxed);
+    }
+}
+
+async fn at(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => sleep_until(instant).await,
+        None => pending().await,
+    }
+}
