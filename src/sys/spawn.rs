@@ -78,7 +78,8 @@ impl Running {
     /// Until the process has ended, which also ends its group.
     fn reap(&self) -> Option<ExitStatus> {
         // First without reaping: so long, nobody else can get the number that `kill` uses.
-        while waitid(WaitId::Pid(self.pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) == Err(Errno::INTR) {}
+        let ended = || waitid(WaitId::Pid(self.pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+        while matches!(ended(), Err(Errno::INTR)) {}
         let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         self.signal();
         process.take()?.wait().ok()
