@@ -9,6 +9,8 @@ pub mod compute;
 pub mod device;
 pub mod in_process;
 pub mod operation;
+#[cfg(feature = "scripted")]
+pub mod scripted;
 pub mod sk;
 pub mod soft;
 pub mod turns;
