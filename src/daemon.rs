@@ -29,7 +29,7 @@ use crate::log::{self, Log, Target};
 use crate::prompt;
 use crate::public_key::FingerprintHash;
 use crate::sys::process;
-use crate::vault::{self, policy::Rules};
+use crate::vault::{self, policy::Rules, store::Store};
 
 /// What keys may do, by the drop-in's command line.
 pub struct AgentOptions {
@@ -96,7 +96,8 @@ pub fn serve_ssh_agent(
     let target = if foreground.interactive { Target::Stderr } else { Target::Syslog };
     // As quiet as ssh-agent, which without -d logs what went wrong and nothing else.
     let _log = Log::start(target, if foreground.debug { LevelFilter::DEBUG } else { LevelFilter::WARN });
-    let server = Server::new(options.into(), prompt::Settings::default())?;
+    let store = Store::in_memory().map_err(io::Error::other)?;
+    let mut server = Server::new(options.into(), prompt::Settings::default(), store)?;
     let (_door, door) = watch::channel(Arc::new(Door::ssh_agent()));
     let mut signals = {
         let _runtime = server.runtime().enter();
@@ -162,7 +163,8 @@ struct OpenDoor {
 
 impl Agent {
     fn start(config: Config, sockets: Vec<Socket>, log: Log) -> io::Result<Self> {
-        let server = Server::new((&config).into(), (&config.prompt).into())?;
+        let store = Store::in_memory().map_err(io::Error::other)?;
+        let mut server = Server::new((&config).into(), (&config.prompt).into(), store)?;
         let signals = {
             let _runtime = server.runtime().enter();
             Signals::new()?
@@ -227,6 +229,9 @@ impl Agent {
         }
         if config.prompt != self.config.prompt {
             warn!("the settings of [prompt] changed; they take effect when the agent is started again");
+        }
+        if config.state != self.config.state {
+            warn!("the directory of the state changed; it takes effect when the agent is started again");
         }
         let opened = |door: &OpenDoor| matches!(door.source, Source::Opened(_));
         if self.doors.iter().any(opened) && paths(&config) != paths(&self.config) {

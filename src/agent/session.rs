@@ -7,7 +7,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     future::{Future, poll_fn},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
 };
@@ -23,10 +23,10 @@ use super::{
     wire::{self, AddRequest, PrivateParts, RSA_SHA2_256, RSA_SHA2_512, Request, SignRequest, number},
 };
 use crate::{
-    devices::{DeviceError, Hash, Signature, sk::SkKey},
+    devices::{DeviceError, Hash, Outcome, sk::SkKey},
     public_key::{FingerprintHash, KeyType, fingerprint},
     vault::{
-        Answer, Candidate, Signing, Vault,
+        Answer, Asked, Candidate, Use, Vault,
         key::{Caller, PrivateKey},
         policy::Refusal,
         soft_key,
@@ -50,10 +50,12 @@ thread_local! {
     static WRITE_BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Serves one connection until the peer hangs up or breaks the framing. Dropping the future cancels what is in flight.
-pub async fn serve<S>(stream: S, vault: Arc<Vault>, door: Arc<Door>, caller: Caller)
+/// Serves one connection until the peer hangs up or breaks the framing, or until `end` completes and what is in flight
+/// is answered. Dropping the future cancels what is in flight.
+pub async fn serve<S, E>(stream: S, vault: Arc<Vault>, door: Arc<Door>, caller: Caller, end: E)
 where
     S: AsyncRead + AsyncWrite + Unpin,
+    E: Future<Output = ()>,
 {
     let session = Session { vault, door, caller: Arc::new(caller), secret_seen: false };
     let mut connection = Connection {
@@ -65,8 +67,14 @@ where
         out: Vec::new(),
         sent: 0,
         budget: TURN,
+        ending: false,
     };
-    poll_fn(|cx| connection.poll(cx)).await;
+    let mut end = pin!(end);
+    poll_fn(|cx| {
+        connection.ending = connection.ending || end.as_mut().poll(cx).is_ready();
+        connection.poll(cx)
+    })
+    .await;
 }
 
 /// A reply in its place among the others.
@@ -88,6 +96,8 @@ struct Connection<S> {
     sent: usize,
     /// Frames that may still be handled before other connections have their turn.
     budget: usize,
+    /// Whether no further frame is handled, and the connection ends when all that were are answered.
+    ending: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -129,6 +139,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
+            if self.ending && self.replies.is_empty() && unsent == 0 {
+                return Poll::Ready(());
+            }
             // What was written may have made room for frames that wait; nothing else would wake us for them.
             if held && !self.is_full() {
                 continue;
@@ -146,6 +159,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Whether no further frame may be handled now.
     fn is_full(&self) -> bool {
         self.barrier
+            || self.ending
             || self.budget == 0
             || self.replies.len() >= MAX_IN_FLIGHT
             || self.out.len() - self.sent >= MAX_UNSENT
@@ -307,8 +321,8 @@ impl Session {
             flags if flags & RSA_SHA2_512 != 0 => Hash::Sha512,
             _ => Hash::Sha1,
         };
-        let signing = Signing { blob: request.blob, data: request.data, rsa_hash };
-        match self.vault.sign(&self.caller, signing) {
+        let asked = Asked::Ssh { data: request.data, rsa_hash };
+        match self.vault.operate(&self.caller, Use { blob: request.blob, asked, deadline: None }) {
             Answer::Now(result) => {
                 put_signed(out, &result, request.blob, &self.caller);
                 None
@@ -453,9 +467,11 @@ fn put_done(out: &mut Vec<u8>, message: &str, result: &Result<(), Refusal>, call
 }
 
 #[inline]
-fn put_signed(out: &mut Vec<u8>, result: &Result<Signature, Refusal>, blob: &[u8], caller: &Caller) {
+fn put_signed(out: &mut Vec<u8>, result: &Result<Outcome, Refusal>, blob: &[u8], caller: &Caller) {
     match result {
-        Ok(signature) => {
+        // A plain signature request has no other outcome.
+        Ok(Outcome::Secret(_)) => wire::put_bare(out, number::FAILURE),
+        Ok(Outcome::Signature(signature)) => {
             wire::put_signature(out, signature);
             debug!(key = fingerprint(blob, FingerprintHash::Sha256), pid = caller.pid, "signed");
         }
@@ -475,16 +491,17 @@ mod tests {
         prompt::{self, Prompter},
         public_key::PublicKey,
         rfc4251::Put,
-        vault::Settings,
+        vault::{Parts, Settings, store::Store},
     };
     use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
-    use std::time::Duration;
+    use std::{future::pending, time::Duration};
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
     fn connect(buffer: usize) -> DuplexStream {
-        let vault = Vault::new(Settings::default(), Prompter::new(prompt::Settings::default()));
+        let prompter = Prompter::new(prompt::Settings::default());
+        let vault = Vault::new(Settings::default(), Parts::new(prompter, Store::in_memory().unwrap()));
         let (ours, theirs) = tokio::io::duplex(buffer);
-        tokio::spawn(serve(theirs, vault, Arc::new(Door::ssh_agent()), Caller::default()));
+        tokio::spawn(serve(theirs, vault, Arc::new(Door::ssh_agent()), Caller::default(), pending()));
         ours
     }
 

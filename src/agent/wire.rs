@@ -277,6 +277,14 @@ fn read_private<'a>(
             let parts = SoftParts::MlDsa44Ed25519 { seeds: r.string()?, public: (mldsa, ed25519) };
             (same(public)?, PrivateParts::Soft(parts))
         }
+        (KeyType::Ed25519Expanded, _) => {
+            let (public, secret) = (r.string()?, r.string()?);
+            (PublicKey::Ed25519(public), PrivateParts::Soft(SoftParts::Ed25519Expanded { secret, public }))
+        }
+        (KeyType::X25519, _) => {
+            let (public, secret) = (r.string()?, r.string()?);
+            (PublicKey::X25519(public), PrivateParts::Soft(SoftParts::X25519 { secret, public }))
+        }
         (KeyType::SkEd25519 | KeyType::SkEcdsa, _) => {
             let public = match (key_type, certified) {
                 // The Ed25519 form repeats its point even beside a certificate, and both forms the application.
@@ -379,12 +387,12 @@ pub fn identities_answer(identities: &[Arc<Identity>], left_out: impl FnOnce(usi
     let mut out = vec![0; HEAD];
     let mut count = 0;
     for identity in identities.iter().take(MAX_LISTED) {
-        let more = 8 + identity.blob.len() + identity.comment.len();
+        let more = 8 + identity.blob.len() + identity.comment().len();
         if out.len() + more > super::frame::MAX_FRAME {
             break;
         }
         out.put_string(&identity.blob);
-        out.put_string(&identity.comment);
+        out.put_string(identity.comment());
         count += 1;
     }
     if count < identities.len() {

@@ -14,7 +14,7 @@ pub mod scripted;
 pub mod sk;
 pub mod soft;
 pub mod turns;
-mod verify;
+pub mod verify;
 mod worker;
 
 use std::{borrow::Cow, fmt, future::Future, sync::Arc};
