@@ -30,12 +30,13 @@ use base64ct::{Base64Unpadded, Encoding};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, Signal, getpid, kill_process, pidfd_getfd, pidfd_open};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::sleep;
+use zeroize::Zeroizing;
 
 pub use control::{Control, Counts};
 pub use script::{Action, CallName, Crash, KeyKind, Pin, Rule, Script, ScriptKey};
 
 use super::{
-    DeviceError, Driver, FoundKey, Hash, Input, Scan, Scheme, Slot, Status,
+    DecryptScheme, DeriveScheme, DeviceError, Driver, FoundKey, Input, Operation, Outcome, Scan, Scheme, Slot, Status,
     soft::{SoftKey, SoftParts},
 };
 use crate::{
@@ -65,7 +66,7 @@ pub struct Scripted {
     /// Held while a PIN is tried: tries are counted one by one.
     login: Mutex<()>,
     /// What [`Action::Swapped`] answers with.
-    last: Mutex<Option<Vec<u8>>>,
+    last: Mutex<Option<Zeroizing<Vec<u8>>>>,
 }
 
 struct Key {
@@ -112,38 +113,23 @@ impl Driver for Scripted {
     }
 
     async fn sign(&self, slot: &Slot, scheme: Scheme, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
-        let name = str::from_utf8(&slot.0).map_err(|_| DeviceError::NoSuchKey)?;
-        let after = before(&self.control, CallName::Sign, Some(name)).await?;
-        let status = self.status()?;
-        let key = self.keys.iter().find(|key| key.script.slot == name && key.is_there(status.generation));
-        let key = key.ok_or(DeviceError::NoSuchKey)?;
-        if status.locked {
-            return Err(DeviceError::PinRequired);
-        }
-        let Input::Message(message) = input else {
-            return Err(DeviceError::unsupported("a scripted device hashes by itself"));
-        };
-        let mut signature = key.key.sign(scheme, message)?.as_bytes().to_vec();
-        self.control.count(|counts| *counts.signs.entry(name.to_owned()).or_default() += 1);
-        let before = self.last.lock().unwrap_or_else(PoisonError::into_inner).replace(signature.clone());
-        if after.swapped {
-            // The first one has none before it.
-            signature =
-                before.map_or_else(|| key.key.sign(scheme, b"another request").map(|s| s.as_bytes().to_vec()), Ok)?;
-        }
-        if after.wrong
-            && let Some(last) = signature.last_mut()
-        {
-            *last ^= 1;
-        }
-        if after.garbage {
-            match self.control.place() {
-                Place::InProcess => signature = GARBAGE[..7].to_vec(),
-                Place::Child => write_garbage().map_err(|e| DeviceError::Failed(format!("no garbage: {e}")))?,
-            }
-        }
-        sleep(after.late).await;
-        Ok(signature)
+        let operation = Operation::Sign { scheme, input: input.clone() };
+        Ok(std::mem::take(&mut *self.operate(CallName::Sign, slot, operation).await?))
+    }
+
+    async fn decrypt(
+        &self,
+        slot: &Slot,
+        scheme: DecryptScheme,
+        label: &[u8],
+        ciphertext: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        let operation = Operation::Decrypt { scheme, label: label.into(), ciphertext: ciphertext.into() };
+        self.operate(CallName::Decrypt, slot, operation).await
+    }
+
+    async fn derive(&self, slot: &Slot, scheme: DeriveScheme, peer: &[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        self.operate(CallName::Derive, slot, Operation::Derive { scheme, peer: peer.into() }).await
     }
 
     async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
@@ -173,6 +159,48 @@ impl Scripted {
     pub fn child_config(script: &[u8]) -> Result<Arc<Control>, DeviceError> {
         let text = str::from_utf8(script).map_err(|e| DeviceError::Failed(format!("the script is no text: {e}")))?;
         Script::parse(text).map(Control::of_child)
+    }
+
+    /// Uses a key, and does to the answer what the rules say.
+    async fn operate(
+        &self,
+        call: CallName,
+        slot: &Slot,
+        operation: Operation<'_>,
+    ) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        let name = str::from_utf8(&slot.0).map_err(|_| DeviceError::NoSuchKey)?;
+        let after = before(&self.control, call, Some(name)).await?;
+        let status = self.status()?;
+        let key = self.keys.iter().find(|key| key.script.slot == name && key.is_there(status.generation));
+        let key = key.ok_or(DeviceError::NoSuchKey)?;
+        if status.locked {
+            return Err(DeviceError::PinRequired);
+        }
+        let mut answer = match key.key.operate(&operation)? {
+            Outcome::Signature(signature) => Zeroizing::new(signature.as_bytes().to_vec()),
+            Outcome::Secret(secret) => secret,
+        };
+        if call == CallName::Sign {
+            self.control.count(|counts| *counts.signs.entry(name.to_owned()).or_default() += 1);
+        }
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).replace(answer.clone());
+        if after.swapped {
+            // The first has none before it: it gets nothing of its own either.
+            answer = last.unwrap_or_default();
+        }
+        if after.wrong
+            && let Some(last) = answer.last_mut()
+        {
+            *last ^= 1;
+        }
+        if after.garbage {
+            match self.control.place() {
+                Place::InProcess => answer = Zeroizing::new(GARBAGE[..7].to_vec()),
+                Place::Child => write_garbage().map_err(|e| DeviceError::Failed(format!("no garbage: {e}")))?,
+            }
+        }
+        sleep(after.late).await;
+        Ok(answer)
     }
 
     fn status(&self) -> Result<Status, DeviceError> {
@@ -309,19 +337,14 @@ impl Key {
     }
 
     fn found(&self) -> FoundKey {
-        let schemes = match self.script.kind {
-            KeyKind::Ed25519 => vec![Scheme::Ed25519],
-            KeyKind::P256 => vec![Scheme::Ecdsa(Hash::Sha256)],
-            KeyKind::Rsa => [Hash::Sha1, Hash::Sha256, Hash::Sha384, Hash::Sha512].map(Scheme::RsaPkcs1v15).to_vec(),
-        };
         FoundKey {
             slot: Slot(self.script.slot.as_bytes().into()),
             blob: self.blob.clone(),
             certificates: Vec::new(),
             label: self.script.label.clone(),
-            schemes,
-            decrypts: Vec::new(),
-            derives: Vec::new(),
+            schemes: self.key.schemes().to_vec(),
+            decrypts: self.key.decrypts().to_vec(),
+            derives: self.key.derives().to_vec(),
             touch: self.script.touch,
         }
     }

@@ -196,6 +196,8 @@ pub enum CallName {
     Unlock,
     Lock,
     Sign,
+    Decrypt,
+    Derive,
 }
 
 /// What goes wrong.
@@ -212,9 +214,9 @@ pub enum Action {
     Hang,
     /// The driver dies.
     Crash(Crash),
-    /// The signature does not verify.
+    /// The last bit of the answer is not right: a signature does not verify.
     Wrong,
-    /// The signature is the one of the request before it.
+    /// The answer is the one to the use of a key before it; empty for the first.
     Swapped,
     /// In a child process: bytes that are no frame go to the socket on standard input, then the answer. In process: an
     /// answer that no scheme has.
