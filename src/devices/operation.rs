@@ -191,6 +191,24 @@ impl Operation<'_> {
         }
     }
 
+    /// The same, borrowed.
+    pub fn borrowed(&self) -> Operation<'_> {
+        match self {
+            Self::Sign { scheme, input: Input::Message(bytes) } => {
+                Operation::Sign { scheme: *scheme, input: Input::Message(Cow::Borrowed(bytes)) }
+            }
+            Self::Sign { scheme, input: Input::Digest(bytes) } => {
+                Operation::Sign { scheme: *scheme, input: Input::Digest(Cow::Borrowed(bytes)) }
+            }
+            Self::Decrypt { scheme, label, ciphertext } => Operation::Decrypt {
+                scheme: *scheme,
+                label: Cow::Borrowed(label),
+                ciphertext: Cow::Borrowed(ciphertext),
+            },
+            Self::Derive { scheme, peer } => Operation::Derive { scheme: *scheme, peer: Cow::Borrowed(peer) },
+        }
+    }
+
     /// `sign`, `decrypt` or `derive`.
     pub fn name(&self) -> &'static str {
         match self {
