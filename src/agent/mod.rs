@@ -4,5 +4,8 @@ pub mod constraint;
 pub mod door;
 pub mod extension;
 pub mod frame;
+pub mod message;
+mod service;
 pub mod session;
+pub mod ticket;
 pub mod wire;

@@ -7,6 +7,7 @@
 pub mod call;
 pub mod compute;
 pub mod device;
+pub mod host;
 pub mod in_process;
 pub mod operation;
 #[cfg(feature = "scripted")]
