@@ -16,6 +16,9 @@ pub enum WireError {
     /// An mpint is negative, or not in its shortest form.
     #[error("an integer is negative or padded")]
     BadInteger,
+    /// A text is not UTF-8.
+    #[error("a text is not UTF-8")]
+    NotText,
 }
 
 /// A cursor over borrowed bytes.
@@ -97,6 +100,8 @@ impl<'a> Reader<'a> {
 pub trait Put {
     /// `uint32`.
     fn put_u32(&mut self, value: u32);
+    /// `uint64`.
+    fn put_u64(&mut self, value: u64);
     /// `string`.
     fn put_string(&mut self, bytes: &[u8]);
     /// `mpint` from an unsigned big-endian magnitude; leading zeros are dropped.
@@ -105,6 +110,10 @@ pub trait Put {
 
 impl Put for Vec<u8> {
     fn put_u32(&mut self, value: u32) {
+        self.extend_from_slice(&value.to_be_bytes());
+    }
+
+    fn put_u64(&mut self, value: u64) {
         self.extend_from_slice(&value.to_be_bytes());
     }
 

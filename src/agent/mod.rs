@@ -4,5 +4,6 @@ pub mod constraint;
 pub mod door;
 pub mod extension;
 pub mod frame;
+pub mod message;
 pub mod session;
 pub mod wire;

@@ -277,6 +277,14 @@ fn read_private<'a>(
             let parts = SoftParts::MlDsa44Ed25519 { seeds: r.string()?, public: (mldsa, ed25519) };
             (same(public)?, PrivateParts::Soft(parts))
         }
+        (KeyType::Ed25519Expanded, _) => {
+            let (public, secret) = (r.string()?, r.string()?);
+            (PublicKey::Ed25519(public), PrivateParts::Soft(SoftParts::Ed25519Expanded { secret, public }))
+        }
+        (KeyType::X25519, _) => {
+            let (public, secret) = (r.string()?, r.string()?);
+            (PublicKey::X25519(public), PrivateParts::Soft(SoftParts::X25519 { secret, public }))
+        }
         (KeyType::SkEd25519 | KeyType::SkEcdsa, _) => {
             let public = match (key_type, certified) {
                 // The Ed25519 form repeats its point even beside a certificate, and both forms the application.
@@ -315,7 +323,7 @@ pub fn put_bare(out: &mut Vec<u8>, number: u8) {
 }
 
 /// Appends a frame whose body `write` appends.
-fn put_frame(out: &mut Vec<u8>, number: u8, write: impl FnOnce(&mut Vec<u8>)) {
+pub(super) fn put_frame(out: &mut Vec<u8>, number: u8, write: impl FnOnce(&mut Vec<u8>)) {
     patch_length(out, |out| {
         out.push(number);
         write(out);
@@ -323,7 +331,7 @@ fn put_frame(out: &mut Vec<u8>, number: u8, write: impl FnOnce(&mut Vec<u8>)) {
 }
 
 /// Appends a `uint32` length and what `write` appends, of which it is the length.
-fn patch_length(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+pub(super) fn patch_length(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
     let at = out.len();
     out.put_u32(0);
     write(out);

@@ -122,11 +122,12 @@ mod tests {
 
     #[test]
     fn agent_takes_a_file_and_several_sockets() {
-        let args = ["strongroom", "agent", "--config", "c.toml", "--socket", "/a", "--socket", "/b"];
+        let args = ["strongroom", "agent", "--config", "c.toml", "--socket", "/a", "--socket", "/b", "--state", "s"];
         let cli = Cli::from_arg_matches(&command().try_get_matches_from(args).unwrap()).unwrap();
         let Command::Agent(agent) = cli.command else { panic!("another subcommand") };
         assert_eq!(agent.config.unwrap().to_str(), Some("c.toml"));
         assert_eq!(agent.sockets, ["/a", "/b"].map(PathBuf::from));
+        assert_eq!(agent.state.unwrap().to_str(), Some("s"));
     }
 
     #[test]

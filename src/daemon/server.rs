@@ -115,6 +115,7 @@ impl Server {
             if timeout(END_DEVICES, self.vault.end_devices()).await.is_err() {
                 warn!("a device does not end; its process is left to itself");
             }
+            self.vault.close_store().await;
         });
         self.vault.wipe();
         self.runtime.shutdown_timeout(END);

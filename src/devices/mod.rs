@@ -12,7 +12,7 @@ pub mod operation;
 pub mod sk;
 pub mod soft;
 pub mod turns;
-mod verify;
+pub mod verify;
 mod worker;
 
 use std::{borrow::Cow, fmt, future::Future, sync::Arc};

@@ -67,6 +67,11 @@ impl Vault {
         while ending.join_next().await.is_some() {}
     }
 
+    /// Closes the state file, so that another process can open it.
+    pub async fn close_store(&self) {
+        self.store.close().await;
+    }
+
     /// Takes over what a new scan found.
     async fn follow(&self, member: &Member, state: &DeviceState, seen: &mut Option<Arc<Scan>>) {
         let Some(scan) = &state.scan else { return };

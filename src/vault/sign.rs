@@ -16,9 +16,7 @@ use super::{
     unix_now,
 };
 use crate::{
-    devices::{
-        Device, DeviceError, FoundKey, Hash, Input, Operation, Outcome, Patience, Scheme, sk::SkKey, soft::curve_hash,
-    },
+    devices::{Device, DeviceError, FoundKey, Hash, Input, Operation, Outcome, Patience, Scheme, sk::SkKey},
     public_key::KeyType,
     sys::peer,
 };
@@ -79,8 +77,9 @@ impl Asked<'_> {
 
 fn ssh_scheme(key_type: KeyType, rsa_hash: Hash) -> Scheme {
     match key_type {
-        KeyType::Ed25519 => Scheme::Ed25519,
-        KeyType::Ecdsa(curve) => Scheme::Ecdsa(curve_hash(curve)),
+        // An X25519 key signs nothing, and says so.
+        KeyType::Ed25519 | KeyType::Ed25519Expanded | KeyType::X25519 => Scheme::Ed25519,
+        KeyType::Ecdsa(curve) => Scheme::Ecdsa(Hash::of_curve(curve)),
         KeyType::Rsa => Scheme::RsaPkcs1v15(rsa_hash),
         KeyType::MlDsa44Ed25519 => Scheme::MlDsa44Ed25519,
         KeyType::SkEd25519 | KeyType::SkEcdsa => Scheme::Sk,

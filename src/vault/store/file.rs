@@ -33,6 +33,7 @@ use super::{
 use crate::devices::{MAX_KEYS, MAX_LABEL, Scan};
 
 type Bytes = &'static [u8];
+type Migration = fn(&WriteTransaction) -> Result<(), Fault>;
 
 /// What concerns the file as a whole: [`SCHEMA_VERSION`] and [`MARK_SECRET`].
 const META: TableDefinition<'_, Bytes, Bytes> = TableDefinition::new("meta");
@@ -49,7 +50,7 @@ const SCHEMA_VERSION: Bytes = b"schema-version";
 const MARK_SECRET: Bytes = b"pin-mark-secret";
 
 /// What takes a file of each version to the next; an empty one has version 0. None is ever changed once it is released.
-const MIGRATIONS: [fn(&WriteTransaction) -> Result<(), Fault>; 1] = [first_tables];
+const MIGRATIONS: [Migration; 1] = [first_tables];
 
 /// The file's name in its directory.
 const NAME: &str = "state.redb";
@@ -393,7 +394,7 @@ fn load(database: &Database) -> Result<Contents, Fault> {
                 warn!(device = %shown(device), slot = %shown(slot), "more keys than a device can have; skipped");
             }
             (None, _) => {
-                warn!(device = %shown(device), slot = %shown(slot), "the place is on no known device; skipped")
+                warn!(device = %shown(device), slot = %shown(slot), "the place is on no known device; skipped");
             }
             (_, Err(why)) => {
                 warn!(device = %shown(device), slot = %shown(slot), %why, "the record of a key was skipped");

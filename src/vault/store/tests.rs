@@ -244,9 +244,11 @@ fn what_is_no_state_file_is_refused_and_left_alone() {
     assert!(error.to_string().contains("no schema version"), "{error}");
 }
 
+type Pairs = TableDefinition<'static, (&'static [u8], &'static [u8]), &'static [u8]>;
+
 const META: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("meta");
-const PAIRS: [TableDefinition<'_, (&[u8], &[u8]), &[u8]>; 2] =
-    [TableDefinition::new("places"), TableDefinition::new("pin-marks")];
+const PLACES: Pairs = TableDefinition::new("places");
+const MARKS: Pairs = TableDefinition::new("pin-marks");
 
 /// Changes a closed file without the store.
 fn tamper(place: &Place, change: impl FnOnce(&redb::WriteTransaction)) {
@@ -273,10 +275,10 @@ fn a_file_from_the_future_is_refused_unchanged() {
 async fn a_record_that_does_not_parse_costs_itself_only() {
     let place = Place::holding(valid());
     tamper(&place, |t| {
-        let mut places = t.open_table(PAIRS[0]).unwrap();
+        let mut places = t.open_table(PLACES).unwrap();
         places.insert((&b"hsm"[..], &2usize.to_be_bytes()[..]), &b"\x01nonsense"[..]).unwrap();
         places.insert((&b"unknown"[..], &b"slot"[..]), &b"\x01"[..]).unwrap();
-        let mut marks = t.open_table(PAIRS[1]).unwrap();
+        let mut marks = t.open_table(MARKS).unwrap();
         let names: Vec<_> = marks.iter().unwrap().map(|entry| entry.unwrap().0.value().1.to_vec()).collect();
         assert_eq!(names.len(), 2);
         for name in names {
@@ -380,7 +382,8 @@ fn what_was_acknowledged_survives_kill_9_and_two_processes_share_nothing() {
         return work_until_killed(Path::new(&directory));
     }
     let place = Place::new();
-    let name = thread::current().name().unwrap().to_owned();
+    let (_, module) = module_path!().split_once("::").unwrap();
+    let name = format!("{module}::what_was_acknowledged_survives_kill_9_and_two_processes_share_nothing");
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let mut acknowledged = 0;
     for lines in [1, 2, 4] {
@@ -441,9 +444,4 @@ fn work_until_killed(directory: &Path) {
             writeln!(io::stdout(), "kept {n}").unwrap();
         }
     });
-}
-
-#[test]
-fn tmp_write_fixture() {
-    fs::write("tests/fixtures/state/v1.redb", valid()).unwrap();
 }

@@ -1,13 +1,16 @@
 //! Keys in this process's memory: how they are made, used and sealed. Knows private values and arithmetic; no policy.
 
+pub mod ed25519;
+mod pkcs1;
+
 use std::{
+    borrow::Cow,
     fmt,
     sync::{PoisonError, RwLock},
 };
 
 use aws_lc_rs::{
-    digest,
-    rand::SystemRandom,
+    agreement::{self, UnparsedPublicKey, agree},
     signature::{self as lc, EcdsaKeyPair, Ed25519KeyPair, KeyPair},
 };
 use fips204::{
@@ -16,11 +19,12 @@ use fips204::{
 };
 use zeroize::Zeroizing;
 
-use super::{DeviceError, Hash, Input, Open, Operation, Outcome, Scheme, Seal, Signature};
+use super::{DecryptScheme, DeriveScheme, DeviceError, Hash, Input, Open, Operation, Outcome, Scheme, Seal, Signature};
 use crate::{
     public_key::{Curve, KeyType, MLDSA44_ED25519_LABEL, mldsa44_ed25519_message},
     sys::rsa::{RsaIntegers, RsaKey},
 };
+use ed25519::ExpandedKey;
 
 /// The private values of a key as SSH writes them, borrowed from the message that brought them.
 pub enum SoftParts<'a> {
@@ -49,6 +53,20 @@ pub enum SoftParts<'a> {
         /// The public halves, as in the key's blob.
         public: (&'a [u8], &'a [u8]),
     },
+    /// The scalar with its nonce prefix, and the public point.
+    Ed25519Expanded {
+        /// 64 bytes.
+        secret: &'a [u8],
+        /// 32 bytes.
+        public: &'a [u8],
+    },
+    /// The scalar and the public u coordinate.
+    X25519 {
+        /// 32 bytes; clamped when it is used, as RFC 7748 says.
+        secret: &'a [u8],
+        /// 32 bytes.
+        public: &'a [u8],
+    },
 }
 
 /// A private key that is open for signing, or sealed while the vault is locked.
@@ -69,6 +87,8 @@ enum Signer {
     Ecdsa { curve: Curve, pair: EcdsaKeyPair, scalar: Zeroizing<Box<[u8]>> },
     Rsa(RsaKey),
     MlDsa44Ed25519 { mldsa: Box<ml_dsa_44::PrivateKey>, ed25519: Ed25519KeyPair, seeds: Zeroizing<Box<[u8]>> },
+    Ed25519Expanded(ExpandedKey),
+    X25519 { key: agreement::PrivateKey, scalar: Zeroizing<Box<[u8]>> },
 }
 
 impl fmt::Debug for SoftKey {
@@ -78,6 +98,20 @@ impl fmt::Debug for SoftKey {
 }
 
 const MISMATCH: DeviceError = DeviceError::unsupported("the private and the public half do not belong together");
+const WRONG_SCHEME: DeviceError = DeviceError::unsupported("the scheme is not one of this key type");
+const WRONG_DIGEST: DeviceError = DeviceError::unsupported("the digest is not as long as the scheme's hash makes them");
+const WANTS_MESSAGE: DeviceError = DeviceError::unsupported("the scheme signs messages, not digests");
+const WRONG_CIPHERTEXT: DeviceError = DeviceError::unsupported(
+    "the ciphertext is not a number below the key's modulus, written with as many bytes as the modulus",
+);
+const NOT_FOR_THIS_KEY: DeviceError =
+    DeviceError::unsupported("the ciphertext was not made for this key with this hash and label");
+const WRONG_PEER: DeviceError =
+    DeviceError::unsupported("the peer's public key is not one of the key's curve, in the scheme's form");
+
+fn failed() -> DeviceError {
+    DeviceError::Failed("the arithmetic of the key failed".into())
+}
 
 impl SoftKey {
     /// Parses and checks a key: its private half must make its public half.
@@ -93,27 +127,101 @@ impl SoftKey {
                 }
                 signer
             }
+            SoftParts::Ed25519Expanded { secret, public } => {
+                let key = ExpandedKey::new((*secret).try_into().map_err(|_| MISMATCH)?).ok_or(MISMATCH)?;
+                if key.public() != *public {
+                    return Err(MISMATCH);
+                }
+                Signer::Ed25519Expanded(key)
+            }
+            SoftParts::X25519 { secret, public } => {
+                let (signer, made) = Signer::x25519(secret)?;
+                if made.as_ref() != *public {
+                    return Err(MISMATCH);
+                }
+                signer
+            }
         };
         Ok(Self { key_type: signer.key_type(), state: RwLock::new(State::Open(signer)) })
     }
 
-    /// Whether a signature takes so little time (some ten microseconds) that handing it to another thread costs more.
+    /// Whether what it does takes so little time (up to some hundred microseconds) that it need not be handed to another
+    /// thread.
     pub fn is_fast(&self) -> bool {
-        matches!(self.key_type, KeyType::Ed25519 | KeyType::Ecdsa(Curve::P256 | Curve::P384))
+        match self.key_type {
+            KeyType::Ed25519 | KeyType::Ed25519Expanded | KeyType::X25519 => true,
+            KeyType::Ecdsa(curve) => curve != Curve::P521,
+            KeyType::Rsa | KeyType::MlDsa44Ed25519 | KeyType::SkEd25519 | KeyType::SkEcdsa => false,
+        }
     }
 
-    /// Does what it is asked.
+    /// How it signs. PSS with SHA-512 wants more than 1,024 bits.
+    pub fn schemes(&self) -> &'static [Scheme] {
+        use Hash::{Sha1, Sha256, Sha384, Sha512};
+        match self.key_type {
+            KeyType::Ed25519 | KeyType::Ed25519Expanded => &[Scheme::Ed25519, Scheme::Ed25519BlindedTor],
+            KeyType::Ecdsa(_) => &[Scheme::Ecdsa(Sha256), Scheme::Ecdsa(Sha384), Scheme::Ecdsa(Sha512)],
+            KeyType::Rsa => &[
+                Scheme::RsaPkcs1v15(Sha1),
+                Scheme::RsaPkcs1v15(Sha256),
+                Scheme::RsaPkcs1v15(Sha384),
+                Scheme::RsaPkcs1v15(Sha512),
+                Scheme::RsaPkcs1v15Raw,
+                Scheme::RsaPss(Sha256),
+                Scheme::RsaPss(Sha384),
+                Scheme::RsaPss(Sha512),
+            ],
+            KeyType::MlDsa44Ed25519 => &[Scheme::MlDsa44Ed25519],
+            KeyType::X25519 | KeyType::SkEd25519 | KeyType::SkEcdsa => &[],
+        }
+    }
+
+    /// How it decrypts.
+    pub fn decrypts(&self) -> &'static [DecryptScheme] {
+        match self.key_type {
+            KeyType::Rsa => {
+                &[DecryptScheme::RsaOaep(Hash::Sha1), DecryptScheme::RsaOaep(Hash::Sha256), DecryptScheme::RsaPkcs1v15]
+            }
+            _ => &[],
+        }
+    }
+
+    /// How it agrees on secrets.
+    pub fn derives(&self) -> &'static [DeriveScheme] {
+        match self.key_type {
+            KeyType::Ecdsa(_) => &[DeriveScheme::Ecdh],
+            KeyType::X25519 => &[DeriveScheme::X25519],
+            _ => &[],
+        }
+    }
+
+    /// Does what the key's type claims. [`Unsupported`](DeviceError::Unsupported) for everything else, for digests of a
+    /// wrong length, for ciphertexts and peers that are none of this key's; never for bad padding of PKCS#1 v1.5.
     pub fn operate(&self, operation: &Operation<'_>) -> Result<Outcome, DeviceError> {
-        match operation {
-            Operation::Sign { scheme, input: Input::Message(data) } => self.sign(*scheme, data).map(Outcome::Signature),
-            _ => Err(DeviceError::unsupported("soft keys make signatures only")),
+        let claimed = match operation {
+            Operation::Sign { scheme, .. } => self.schemes().contains(scheme),
+            Operation::Decrypt { scheme, .. } => self.decrypts().contains(scheme),
+            Operation::Derive { scheme, .. } => self.derives().contains(scheme),
+        };
+        if !claimed {
+            return Err(WRONG_SCHEME);
+        }
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Open(signer) => match operation {
+                Operation::Sign { scheme, input } => signer.sign(*scheme, input).map(Outcome::Signature),
+                Operation::Decrypt { scheme, label, ciphertext } => {
+                    signer.decrypt(*scheme, label, ciphertext).map(Outcome::Secret)
+                }
+                Operation::Derive { peer, .. } => signer.derive(peer).map(Outcome::Secret),
+            },
+            State::Sealed(_) => Err(DeviceError::Sealed),
         }
     }
 
     /// Signs `data`, hashing it as the scheme says.
     pub fn sign(&self, scheme: Scheme, data: &[u8]) -> Result<Signature, DeviceError> {
         match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
-            State::Open(signer) => signer.sign(scheme, data),
+            State::Open(signer) => signer.sign(scheme, &Input::Message(Cow::Borrowed(data))),
             State::Sealed(_) => Err(DeviceError::Sealed),
         }
     }
@@ -134,15 +242,6 @@ impl SoftKey {
             *state = State::Open(Signer::from_secret(self.key_type, &open(sealed)?)?);
         }
         Ok(())
-    }
-}
-
-/// The hash that RFC 5656, section 6.2.1, gives a curve.
-pub fn curve_hash(curve: Curve) -> Hash {
-    match curve {
-        Curve::P256 => Hash::Sha256,
-        Curve::P384 => Hash::Sha384,
-        Curve::P521 => Hash::Sha512,
     }
 }
 
@@ -180,8 +279,17 @@ impl Signer {
         Ok((Self::MlDsa44Ed25519 { mldsa: Box::new(mldsa), ed25519, seeds: Zeroizing::new(seeds.into()) }, public))
     }
 
+    /// The key, and the public key that the scalar makes.
+    fn x25519(scalar: &[u8]) -> Result<(Self, agreement::PublicKey), DeviceError> {
+        let key = agreement::PrivateKey::from_private_key(&agreement::X25519, scalar).map_err(|_| MISMATCH)?;
+        let public = key.compute_public_key().map_err(|_| MISMATCH)?;
+        Ok((Self::X25519 { key, scalar: Zeroizing::new(scalar.into()) }, public))
+    }
+
     fn key_type(&self) -> KeyType {
         match self {
+            Self::Ed25519Expanded(_) => KeyType::Ed25519Expanded,
+            Self::X25519 { .. } => KeyType::X25519,
             Self::Ed25519 { .. } => KeyType::Ed25519,
             Self::Ecdsa { curve, .. } => KeyType::Ecdsa(*curve),
             Self::Rsa(_) => KeyType::Rsa,
@@ -189,35 +297,72 @@ impl Signer {
         }
     }
 
-    fn sign(&self, scheme: Scheme, data: &[u8]) -> Result<Signature, DeviceError> {
-        const FAILED: fn() -> DeviceError = || DeviceError::Failed("the signature could not be computed".into());
-        match (self, scheme) {
+    fn sign(&self, scheme: Scheme, input: &Input<'_>) -> Result<Signature, DeviceError> {
+        let bytes = match (self, scheme) {
             (Self::Ed25519 { pair, .. }, Scheme::Ed25519) => {
-                let signature = pair.try_sign(data).map_err(|_| FAILED())?;
-                Ok(Signature::Ed25519(signature.as_ref().try_into().map_err(|_| FAILED())?))
+                pair.try_sign(input.message().ok_or(WANTS_MESSAGE)?).map_err(|_| failed())?.as_ref().to_vec()
             }
-            (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(hash)) if hash == curve_hash(*curve) => {
-                let signature = pair.sign(&SystemRandom::new(), data).map_err(|_| FAILED())?;
-                Ok(Signature::Ecdsa(*curve, signature.as_ref().to_vec()))
+            (Self::Ed25519 { seed, .. }, Scheme::Ed25519BlindedTor) => {
+                sign_blinded(&ExpandedKey::from_seed(seed).ok_or_else(failed)?, input)?
             }
-            (Self::Rsa(key), Scheme::RsaPkcs1v15(hash)) => {
-                let algorithm = match hash {
-                    Hash::Sha1 => &digest::SHA1_FOR_LEGACY_USE_ONLY,
-                    Hash::Sha256 => &digest::SHA256,
-                    Hash::Sha384 => &digest::SHA384,
-                    Hash::Sha512 => &digest::SHA512,
-                };
-                let digest = digest::digest(algorithm, data);
-                Ok(Signature::Rsa(hash, key.sign_digest(hash, digest.as_ref()).ok_or_else(FAILED)?))
+            (Self::Ed25519Expanded(key), Scheme::Ed25519) => key.sign(input.message().ok_or(WANTS_MESSAGE)?).to_vec(),
+            (Self::Ed25519Expanded(key), Scheme::Ed25519BlindedTor) => sign_blinded(key, input)?,
+            (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(hash)) => {
+                let digest = input.ecdsa_digest(hash, *curve).ok_or(WRONG_DIGEST)?;
+                pair.sign_digest(&digest).map_err(|_| failed())?.as_ref().to_vec()
             }
+            (Self::Rsa(key), _) => sign_rsa(key, scheme, input)?,
             (Self::MlDsa44Ed25519 { mldsa, ed25519, .. }, Scheme::MlDsa44Ed25519) => {
-                let message = mldsa44_ed25519_message(data);
-                let mut both = mldsa.try_sign(&message, MLDSA44_ED25519_LABEL).map_err(|_| FAILED())?.to_vec();
-                both.extend_from_slice(ed25519.try_sign(&message).map_err(|_| FAILED())?.as_ref());
-                Ok(Signature::MlDsa44Ed25519(both))
+                let message = mldsa44_ed25519_message(input.message().ok_or(WANTS_MESSAGE)?);
+                let mut both = mldsa.try_sign(&message, MLDSA44_ED25519_LABEL).map_err(|_| failed())?.to_vec();
+                both.extend_from_slice(ed25519.try_sign(&message).map_err(|_| failed())?.as_ref());
+                both
             }
-            _ => Err(DeviceError::unsupported("the scheme is not one of this key type")),
+            _ => return Err(WRONG_SCHEME),
+        };
+        Signature::from_bytes(scheme, self.key_type(), bytes).ok_or_else(failed)
+    }
+
+    fn decrypt(
+        &self,
+        scheme: DecryptScheme,
+        label: &[u8],
+        ciphertext: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        let Self::Rsa(key) = self else { return Err(WRONG_SCHEME) };
+        if ciphertext.len() != key.size() {
+            return Err(WRONG_CIPHERTEXT);
         }
+        match scheme {
+            DecryptScheme::RsaOaep(hash) => key.decrypt_oaep(hash, label, ciphertext).ok_or(NOT_FOR_THIS_KEY),
+            DecryptScheme::RsaPkcs1v15 => {
+                let encoded = key.decrypt_raw(ciphertext).ok_or(WRONG_CIPHERTEXT)?;
+                Ok(pkcs1::unpad(&encoded, ciphertext, &key.private_exponent().ok_or_else(failed)?))
+            }
+        }
+    }
+
+    fn derive(&self, peer: &[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        let made;
+        let (algorithm, key, len) = match self {
+            Self::X25519 { key, .. } => (&agreement::X25519, key, 32),
+            Self::Ecdsa { curve, scalar, .. } => {
+                let algorithm = match curve {
+                    Curve::P256 => &agreement::ECDH_P256,
+                    Curve::P384 => &agreement::ECDH_P384,
+                    Curve::P521 => &agreement::ECDH_P521,
+                };
+                // Made for each use: cheap beside the agreement, and most ECDSA keys never come here.
+                made = agreement::PrivateKey::from_private_key(algorithm, scalar).map_err(|_| failed())?;
+                (algorithm, &made, 1 + 2 * curve.scalar_len())
+            }
+            _ => return Err(WRONG_SCHEME),
+        };
+        // aws-lc-rs would take other forms of a point, too.
+        if peer.len() != len || matches!(self, Self::Ecdsa { .. }) && peer[0] != 4 {
+            return Err(WRONG_PEER);
+        }
+        agree(key, UnparsedPublicKey::new(algorithm, peer), WRONG_PEER, |secret| Ok(Zeroizing::new(secret.to_vec())))
     }
 
     /// The private values, from which [`Signer::from_secret`] makes the signer again.
@@ -236,6 +381,8 @@ impl Signer {
                 key.to_der().ok_or_else(|| DeviceError::Failed("the RSA key could not be written".into()))?
             }
             Self::MlDsa44Ed25519 { seeds, .. } => Zeroizing::new(seeds.to_vec()),
+            Self::Ed25519Expanded(key) => Zeroizing::new(key.to_bytes().to_vec()),
+            Self::X25519 { scalar, .. } => Zeroizing::new(scalar.to_vec()),
         })
     }
 
@@ -251,8 +398,42 @@ impl Signer {
             }
             KeyType::Rsa => Ok(Self::Rsa(RsaKey::from_der(secret).ok_or(MISMATCH)?)),
             KeyType::MlDsa44Ed25519 => Ok(Self::mldsa44_ed25519(secret)?.0),
+            KeyType::Ed25519Expanded => {
+                let secret = secret.try_into().map_err(|_| MISMATCH)?;
+                ExpandedKey::new(secret).map(Self::Ed25519Expanded).ok_or(MISMATCH)
+            }
+            KeyType::X25519 => Ok(Self::x25519(secret)?.0),
             KeyType::SkEd25519 | KeyType::SkEcdsa => Err(MISMATCH),
         }
+    }
+}
+
+/// The input is the parameter, then the message.
+fn sign_blinded(key: &ExpandedKey, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
+    const NO_PARAMETER: DeviceError =
+        DeviceError::unsupported("a blinded signature's input begins with the 32 bytes of its parameter");
+    let (parameter, message) = input.message().ok_or(WANTS_MESSAGE)?.split_first_chunk().ok_or(NO_PARAMETER)?;
+    Ok(key.sign_blinded(parameter, message).to_vec())
+}
+
+fn sign_rsa(key: &RsaKey, scheme: Scheme, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
+    const TOO_SHORT: DeviceError = DeviceError::unsupported("the key is too short for PSS with this hash");
+    match scheme {
+        Scheme::RsaPkcs1v15(hash) => {
+            key.sign_digest(hash, input.digest(hash).ok_or(WRONG_DIGEST)?.as_ref()).ok_or_else(failed)
+        }
+        Scheme::RsaPkcs1v15Raw => {
+            let max = key.size() - pkcs1::OVERHEAD;
+            if input.bytes().len() > max {
+                return Err(DeviceError::TooLong { max });
+            }
+            key.sign_raw(input.bytes()).ok_or_else(failed)
+        }
+        Scheme::RsaPss(hash) => {
+            // The shortest keys with SHA-512 are the only ones that PSS does not fit in.
+            key.sign_pss(hash, input.digest(hash).ok_or(WRONG_DIGEST)?.as_ref()).ok_or(TOO_SHORT)
+        }
+        _ => Err(WRONG_SCHEME),
     }
 }
 

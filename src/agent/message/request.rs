@@ -1,0 +1,404 @@
+//! The requests. Knows their fields and bounds; no answer.
+
+use std::{borrow::Cow, time::Duration};
+
+use secrecy::{ExposeSecret, SecretString};
+
+use super::{MAX_CURSOR, MAX_RANDOM, MAX_SECRET, MAX_WAIT_MS, Name, RequestError, scheme};
+use crate::{
+    agent::wire::{number, put_frame},
+    devices::{Input, MAX_BLOB, MAX_LABEL, Operation},
+    rfc4251::{Put, Reader},
+};
+
+/// A request, borrowed from its frame. It does not print: it may hold a PIN.
+#[derive(Clone)]
+pub enum Request<'a> {
+    /// `keys`
+    Keys(Paging<'a>),
+    /// `devices`
+    Devices(Paging<'a>),
+    /// `sign`, `decrypt` or `derive`. Without a deadline the device's default holds.
+    Use(KeyUse<'a>, Option<Duration>),
+    /// `submit`
+    Submit(Submit<'a>),
+    /// `collect`
+    Collect(Collect),
+    /// `cancel` of the ticket with this id.
+    Cancel(u64),
+    /// `unlock` with a PIN or passphrase; never of [`Target::Everything`].
+    Unlock(Target<'a>, SecretString),
+    /// `lock`; never of [`Target::Everything`].
+    Lock(Target<'a>),
+    /// `forget`
+    Forget(Target<'a>),
+    /// `why`: at most `max` refusals, of all this uid's connections or of this one only.
+    Why {
+        /// Whether those of the uid's other connections are wanted, too.
+        all: bool,
+        /// How many at most; 0 for as many as there are.
+        max: u32,
+    },
+    /// `random`
+    Random {
+        /// How many bytes: 1 to [`MAX_RANDOM`].
+        len: u32,
+        /// The device to take them from; empty for the daemon's own generator.
+        device: &'a str,
+    },
+}
+
+/// Which part of a list is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Paging<'a> {
+    /// What the page before this one gave; empty for the first page. At most [`MAX_CURSOR`] bytes.
+    pub cursor: &'a [u8],
+    /// How many entries at most; 0 for as many as fit.
+    pub max: u32,
+}
+
+/// A use of one key.
+#[derive(Clone, PartialEq, Eq)]
+pub struct KeyUse<'a> {
+    /// The public key's blob, or a certificate's.
+    pub key: &'a [u8],
+    /// What is to be done with it.
+    pub how: How<'a>,
+}
+
+/// What is to be done with a key.
+#[derive(Clone, PartialEq, Eq)]
+pub enum How<'a> {
+    /// What SSH_AGENTC_SIGN_REQUEST does: the scheme `ssh`.
+    Ssh {
+        /// As in the sign request (RFC 9987, section 3.6.1).
+        flags: u32,
+        /// The message.
+        data: &'a [u8],
+    },
+    /// A scheme that has a name of its own. One that has none is sent with an empty name, which is `unsupported`.
+    Operation(Operation<'a>),
+}
+
+/// `submit`: a use that nobody waits for.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Submit<'a> {
+    /// The caller's own number for it, unlike that of any ticket that it still has on this connection.
+    pub id: u64,
+    /// Without it the device's default holds.
+    pub deadline: Option<Duration>,
+    /// What is asked.
+    pub task: KeyUse<'a>,
+}
+
+/// `collect`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Collect {
+    /// How long to wait for the first, at most an hour. Zero answers at once.
+    pub wait: Duration,
+    /// How many at most; 0 for as many as fit.
+    pub max: u32,
+}
+
+/// What an `unlock`, `lock` or `forget` is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target<'a> {
+    /// The device with this id.
+    Device(&'a str),
+    /// The key with this blob, or the device that holds it.
+    Key(&'a [u8]),
+    /// All there is.
+    Everything,
+}
+
+impl<'a> Request<'a> {
+    /// Reads the body of the message with this name, to its end.
+    pub fn read(name: Name, body: &'a [u8]) -> Result<Self, RequestError> {
+        let mut r = Reader::new(body);
+        let request = match name {
+            Name::Keys => Self::Keys(Paging::read(&mut r)?),
+            Name::Devices => Self::Devices(Paging::read(&mut r)?),
+            Name::Sign | Name::Decrypt | Name::Derive => {
+                let deadline = read_deadline(&mut r)?;
+                Self::Use(KeyUse::read(name, &mut r)?, deadline)
+            }
+            Name::Submit => Self::Submit(Submit::read(&mut r)?),
+            Name::Collect => {
+                let (wait, max) = (r.u32()?, r.u32()?);
+                Self::Collect(Collect { wait: read_wait(wait)?, max })
+            }
+            Name::Cancel => Self::Cancel(r.u64()?),
+            Name::Unlock => {
+                let (target, secret) = (Target::read(&mut r)?, read_secret(&mut r)?);
+                Self::Unlock(target.one()?, secret)
+            }
+            Name::Lock => Self::Lock(Target::read(&mut r)?.one()?),
+            Name::Forget => Self::Forget(Target::read(&mut r)?),
+            Name::Why => Self::Why { all: r.bool()?, max: r.u32()? },
+            Name::Random => {
+                let (len, device) = (r.u32()?, read_label(&mut r)?);
+                if !(1..=MAX_RANDOM).contains(&len) {
+                    return Err(RequestError::Invalid("1 to 1024 random bytes are given at once"));
+                }
+                Self::Random { len, device }
+            }
+        };
+        r.finish()?;
+        Ok(request)
+    }
+
+    /// The message that it is.
+    pub fn name(&self) -> Name {
+        match self {
+            Self::Keys(_) => Name::Keys,
+            Self::Devices(_) => Name::Devices,
+            Self::Use(task, _) => task.name(),
+            Self::Submit(_) => Name::Submit,
+            Self::Collect(_) => Name::Collect,
+            Self::Cancel(_) => Name::Cancel,
+            Self::Unlock(..) => Name::Unlock,
+            Self::Lock(_) => Name::Lock,
+            Self::Forget(_) => Name::Forget,
+            Self::Why { .. } => Name::Why,
+            Self::Random { .. } => Name::Random,
+        }
+    }
+
+    /// Appends the whole frame.
+    pub fn put(&self, out: &mut Vec<u8>) {
+        if let Self::Unlock(_, secret) = self {
+            // The buffer grows before the secret is in it, so that growing leaves no copy behind.
+            out.reserve(256 + MAX_BLOB + secret.expose_secret().len());
+        }
+        put_frame(out, number::EXTENSION, |out| {
+            out.put_string(self.name().as_str().as_bytes());
+            self.put_body(out);
+        });
+    }
+
+    fn put_body(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Keys(paging) | Self::Devices(paging) => {
+                out.put_string(paging.cursor);
+                out.put_u32(paging.max);
+            }
+            Self::Use(task, deadline) => {
+                out.put_u32(deadline_ms(*deadline));
+                task.put(out);
+            }
+            Self::Submit(submit) => {
+                out.put_u64(submit.id);
+                out.put_u32(deadline_ms(submit.deadline));
+                out.put_string(submit.task.name().short().as_bytes());
+                submit.task.put(out);
+            }
+            Self::Collect(collect) => {
+                out.put_u32(milliseconds(collect.wait));
+                out.put_u32(collect.max);
+            }
+            Self::Cancel(id) => out.put_u64(*id),
+            Self::Unlock(target, secret) => {
+                target.put(out);
+                out.put_string(secret.expose_secret().as_bytes());
+            }
+            Self::Lock(target) | Self::Forget(target) => target.put(out),
+            Self::Why { all, max } => {
+                out.push((*all).into());
+                out.put_u32(*max);
+            }
+            Self::Random { len, device } => {
+                out.put_u32(*len);
+                out.put_string(device.as_bytes());
+            }
+        }
+    }
+}
+
+impl<'a> Paging<'a> {
+    fn read(r: &mut Reader<'a>) -> Result<Self, RequestError> {
+        let (cursor, max) = (r.string()?, r.u32()?);
+        if cursor.len() > MAX_CURSOR {
+            return Err(RequestError::Invalid("no list has such a cursor"));
+        }
+        Ok(Self { cursor, max })
+    }
+}
+
+impl<'a> KeyUse<'a> {
+    /// [`Name::Sign`], [`Name::Decrypt`] or [`Name::Derive`].
+    pub fn name(&self) -> Name {
+        match &self.how {
+            How::Ssh { .. } | How::Operation(Operation::Sign { .. }) => Name::Sign,
+            How::Operation(Operation::Decrypt { .. }) => Name::Decrypt,
+            How::Operation(Operation::Derive { .. }) => Name::Derive,
+        }
+    }
+
+    fn read(name: Name, r: &mut Reader<'a>) -> Result<Self, RequestError> {
+        let key = read_blob(r)?;
+        let wanted = r.string()?;
+        let unknown = RequestError::Unknown("scheme");
+        let how = match name {
+            Name::Decrypt => {
+                let (label, ciphertext) = (Cow::Borrowed(r.string()?), Cow::Borrowed(r.string()?));
+                let scheme = scheme::decrypt_scheme(wanted).ok_or(unknown)?;
+                if scheme == crate::devices::DecryptScheme::RsaPkcs1v15 && !label.is_empty() {
+                    return Err(RequestError::Invalid("only OAEP has a label"));
+                }
+                How::Operation(Operation::Decrypt { scheme, label, ciphertext })
+            }
+            Name::Derive => {
+                let peer = Cow::Borrowed(r.string()?);
+                let scheme = scheme::derive_scheme(wanted).ok_or(unknown)?;
+                How::Operation(Operation::Derive { scheme, peer })
+            }
+            _ => read_sign(wanted, r.u32()?, r.bool()?, r.string()?)?,
+        };
+        Ok(Self { key, how })
+    }
+
+    fn put(&self, out: &mut Vec<u8>) {
+        out.put_string(self.key);
+        match &self.how {
+            How::Ssh { flags, data } => put_sign(out, scheme::SSH, *flags, false, data),
+            How::Operation(Operation::Sign { scheme, input }) => {
+                let prehashed = matches!(input, Input::Digest(_));
+                put_sign(out, scheme::sign_name(*scheme).unwrap_or_default(), 0, prehashed, input.bytes());
+            }
+            How::Operation(Operation::Decrypt { scheme, label, ciphertext }) => {
+                out.put_string(scheme::decrypt_name(*scheme).unwrap_or_default().as_bytes());
+                out.put_string(label);
+                out.put_string(ciphertext);
+            }
+            How::Operation(Operation::Derive { scheme, peer }) => {
+                out.put_string(scheme::derive_name(*scheme).unwrap_or_default().as_bytes());
+                out.put_string(peer);
+            }
+        }
+    }
+}
+
+fn read_sign<'a>(wanted: &[u8], flags: u32, prehashed: bool, data: &'a [u8]) -> Result<How<'a>, RequestError> {
+    if wanted == scheme::SSH.as_bytes() {
+        if prehashed {
+            return Err(RequestError::Invalid("the scheme ssh signs no digests"));
+        }
+        return Ok(How::Ssh { flags, data });
+    }
+    let scheme = scheme::sign_scheme(wanted).ok_or(RequestError::Unknown("scheme"))?;
+    if flags != 0 {
+        return Err(RequestError::Invalid("only the scheme ssh has flags"));
+    }
+    let data = Cow::Borrowed(data);
+    let input = match (prehashed, scheme::hash(scheme)) {
+        (false, _) => Input::Message(data),
+        (true, None) => return Err(RequestError::Invalid("the scheme has no hash whose digest it could sign")),
+        (true, Some(hash)) if hash.digest_len() != data.len() => {
+            return Err(RequestError::Invalid("the digest is not as long as the scheme's hash makes them"));
+        }
+        (true, Some(_)) => Input::Digest(data),
+    };
+    Ok(How::Operation(Operation::Sign { scheme, input }))
+}
+
+fn put_sign(out: &mut Vec<u8>, scheme: &str, flags: u32, prehashed: bool, data: &[u8]) {
+    out.put_string(scheme.as_bytes());
+    out.put_u32(flags);
+    out.push(prehashed.into());
+    out.put_string(data);
+}
+
+impl<'a> Submit<'a> {
+    fn read(r: &mut Reader<'a>) -> Result<Self, RequestError> {
+        let id = r.u64()?;
+        let deadline = read_deadline(r)?;
+        let wanted = r.string()?;
+        let name = [Name::Sign, Name::Decrypt, Name::Derive]
+            .into_iter()
+            .find(|name| name.short().as_bytes() == wanted)
+            .ok_or(RequestError::Unknown("operation"))?;
+        Ok(Self { id, deadline, task: KeyUse::read(name, r)? })
+    }
+}
+
+impl<'a> Target<'a> {
+    fn read(r: &mut Reader<'a>) -> Result<Self, RequestError> {
+        match r.string()? {
+            b"device" => Ok(Self::Device(read_label(r)?)),
+            b"key" => Ok(Self::Key(read_blob(r)?)),
+            b"everything" => {
+                if r.string()?.is_empty() {
+                    Ok(Self::Everything)
+                } else {
+                    Err(RequestError::Invalid("everything has no name"))
+                }
+            }
+            _ => Err(RequestError::Unknown("kind of target")),
+        }
+    }
+
+    fn one(self) -> Result<Self, RequestError> {
+        match self {
+            Self::Everything => Err(RequestError::Invalid("one device or key at a time")),
+            one => Ok(one),
+        }
+    }
+
+    fn put(&self, out: &mut Vec<u8>) {
+        let (kind, which): (&[u8], &[u8]) = match self {
+            Self::Device(id) => (b"device", id.as_bytes()),
+            Self::Key(blob) => (b"key", blob),
+            Self::Everything => (b"everything", b""),
+        };
+        out.put_string(kind);
+        out.put_string(which);
+    }
+}
+
+fn read_blob<'a>(r: &mut Reader<'a>) -> Result<&'a [u8], RequestError> {
+    let blob = r.string()?;
+    if blob.is_empty() || blob.len() > MAX_BLOB {
+        return Err(RequestError::Invalid("a key's blob has 1 to 16384 bytes"));
+    }
+    Ok(blob)
+}
+
+fn read_label<'a>(r: &mut Reader<'a>) -> Result<&'a str, RequestError> {
+    let label = r.string()?;
+    if label.len() > MAX_LABEL {
+        return Err(RequestError::Invalid("a device's id has at most 256 bytes"));
+    }
+    std::str::from_utf8(label).map_err(|_| RequestError::Invalid("a device's id is UTF-8 text"))
+}
+
+fn read_secret(r: &mut Reader<'_>) -> Result<SecretString, RequestError> {
+    let secret = r.string()?;
+    if secret.is_empty() || secret.len() > MAX_SECRET {
+        return Err(RequestError::Invalid("a PIN or passphrase has 1 to 1024 bytes"));
+    }
+    let secret = std::str::from_utf8(secret).map_err(|_| RequestError::Invalid("a PIN or passphrase is UTF-8 text"))?;
+    Ok(secret.into())
+}
+
+fn read_deadline(r: &mut Reader<'_>) -> Result<Option<Duration>, RequestError> {
+    match r.u32()? {
+        0 => Ok(None),
+        ms => read_wait(ms).map(Some),
+    }
+}
+
+fn read_wait(ms: u32) -> Result<Duration, RequestError> {
+    if ms > MAX_WAIT_MS {
+        return Err(RequestError::Invalid("nothing waits for longer than an hour (3600000 ms)"));
+    }
+    Ok(Duration::from_millis(ms.into()))
+}
+
+/// As the wire has it. Zero would mean the device's default.
+fn deadline_ms(deadline: Option<Duration>) -> u32 {
+    deadline.map_or(0, |deadline| milliseconds(deadline).max(1))
+}
+
+fn milliseconds(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+}
