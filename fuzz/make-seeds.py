@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 SEEDS = Path(__file__).resolve().parent / "seeds"
+VECTORS = SEEDS.parent.parent / "tests/vectors/messages.txt"
 
 # The key that the target `session` puts into the vault: RFC 8032, section 7.1, test 1.
 VAULT_KEY = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
@@ -214,6 +215,11 @@ def make(directory, agent):
     }
     for name, body in requests.items():
         write("request", name, body)
+
+    # Our messages and their replies, without the frame's length.
+    for line in VECTORS.read_text().splitlines():
+        name, frame_hex = line.split()
+        write("message", name, bytes.fromhex(frame_hex)[4:])
 
     # Sessions.
     vault_key = string("ssh-ed25519") + string(VAULT_KEY)

@@ -183,13 +183,7 @@ struct OpenDoor {
 }
 
 impl Agent {
-    fn start(
-        config: Config,
-        sockets: Vec<Socket>,
-        log: Log,
-        store: Store,
-        known: &[KnownDevice],
-    ) -> io::Result<Self> {
+    fn start(config: Config, sockets: Vec<Socket>, log: Log, store: Store, known: &[KnownDevice]) -> io::Result<Self> {
         let mut server = Server::new((&config).into(), (&config.prompt).into(), store)?;
         let signals = {
             let _runtime = server.runtime().enter();

@@ -3,9 +3,6 @@
 //! Imports point one way: `main` → `cli`, `ssh_agent`, `daemon` → `agent` → `vault` → `devices`. docs/architecture.md
 //! follows a request through these modules.
 
-#[cfg(all(feature = "scripted", not(debug_assertions)))]
-compile_error!("the feature `scripted` is for tests: no release may have it");
-
 pub mod agent;
 pub mod cli;
 pub mod config;

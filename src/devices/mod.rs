@@ -7,8 +7,11 @@
 pub mod call;
 pub mod compute;
 pub mod device;
+pub mod host;
 pub mod in_process;
 pub mod operation;
+#[cfg(feature = "scripted")]
+pub mod scripted;
 pub mod sk;
 pub mod soft;
 pub mod turns;

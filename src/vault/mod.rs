@@ -1,6 +1,7 @@
 //! The vault: the only entrance to keys. Every use of a key goes through [`Vault::operate`]. Knows identities, policy and
 //! prompts; never a socket or a byte of the wire.
 
+pub mod budget;
 pub mod destination;
 pub mod key;
 pub mod keyring;
@@ -13,6 +14,7 @@ pub mod registry;
 pub mod seal;
 mod sign;
 pub mod store;
+pub mod why;
 
 pub use sign::{Answer, Asked, Use};
 
@@ -33,6 +35,7 @@ use crate::{
     public_key::KeyType,
     sys::clock,
 };
+use budget::Budget;
 use destination::Route;
 use key::{Caller, Grants, Identity, Place, PrivateKey};
 use keyring::{Full, Keyring, Listing};
@@ -41,6 +44,7 @@ use policy::{Refusal, Rules};
 use registry::Member;
 use seal::Lock;
 use store::Store;
+use why::Why;
 
 /// How long the file system may take to resolve a path.
 const PATH_PATIENCE: Duration = Duration::from_secs(5);
@@ -124,6 +128,8 @@ pub struct Vault {
     /// Wakes the expiry clock when a lifetime begins.
     lifetimes: Notify,
     pins: Pins,
+    why: Why,
+    tickets: Arc<Budget>,
     /// One unlock attempt at a time.
     unlock_turn: Arc<Semaphore>,
 }
@@ -174,6 +180,8 @@ impl Vault {
             locks: Arc::default(),
             lifetimes: Notify::new(),
             pins: Pins::default(),
+            why: Why::default(),
+            tickets: Arc::default(),
             unlock_turn: Arc::new(Semaphore::new(1)),
         })
     }
@@ -186,6 +194,16 @@ impl Vault {
     /// Puts other settings in force. Keys keep the constraints they came with.
     pub fn configure(&self, settings: Settings) {
         *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+    }
+
+    /// The last refusals.
+    pub fn why(&self) -> &Why {
+        &self.why
+    }
+
+    /// What the tickets of each uid may take.
+    pub fn ticket_budget(&self) -> &Arc<Budget> {
+        &self.tickets
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {

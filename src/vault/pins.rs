@@ -79,6 +79,33 @@ impl Vault {
         self.pins.with(device, |entry| entry.source = source);
     }
 
+    /// `prompt`, `file` or `credential`.
+    pub fn password_source(&self, device: &Device) -> &'static str {
+        self.pins.with(device, |entry| match entry.source {
+            PinSource::Prompt => "prompt",
+            PinSource::File(_) => "file",
+            PinSource::Credential(_) => "credential",
+        })
+    }
+
+    /// Wipes the PIN of a device and has it ask for it again.
+    pub async fn lock_device(&self, device: &Device) -> Result<(), Refusal> {
+        self.pins.with(device, |entry| entry.accepted = None);
+        Ok(device.lock().await?)
+    }
+
+    /// Wipes the PINs of these devices, and allows those that were refused or whose outcome is not known to be sent again.
+    pub async fn forget_pins_of(&self, devices: &[Device]) -> Result<(), Refusal> {
+        for device in devices {
+            self.pins.with(device, |entry| entry.accepted = None);
+            let serial = device.state().status.as_ref().map(|status| status.serial.clone()).unwrap_or_default();
+            self.store.forget_pins(&serial).await.map_err(|error| Refusal::NoPin(error.to_string()))?;
+            // A device that is away has nothing to forget.
+            let _ = device.lock().await;
+        }
+        Ok(())
+    }
+
     /// Wipes all PINs and has the devices ask for them again.
     pub(super) fn forget_pins(&self) {
         for entry in self.pins.entries().values_mut() {

@@ -35,6 +35,9 @@ pub enum Refusal {
     /// No such identity, or none that this connection may know of.
     #[error("there is no such key here; `ssh-add -l` lists what there is")]
     NoSuchKey,
+    /// No device of that name, or none that this connection may know of.
+    #[error("there is no such device here; `strongroom status` lists what there is")]
+    NoSuchDevice,
     /// Destination constraints are against it.
     #[error("the key's constraints do not allow this: {0}")]
     NotPermitted(&'static str),

@@ -8,8 +8,9 @@ use tracing::{info, warn};
 
 use super::{
     Vault,
-    key::{Constraints, Grants, Place, PrivateKey},
+    key::{Caller, Constraints, Grants, Identity, Place, PrivateKey},
     keyring::{Full, Keyring},
+    policy::Refusal,
     unix_now,
 };
 use crate::{
@@ -58,6 +59,28 @@ impl Vault {
     /// The devices, in the order of the configuration.
     pub fn devices(&self) -> Vec<Device> {
         self.read().devices.iter().map(|member| member.device.clone()).collect()
+    }
+
+    /// The device of this name.
+    pub fn device(&self, name: &str) -> Option<Device> {
+        self.read().devices.iter().find(|member| member.device.name() == name).map(|member| member.device.clone())
+    }
+
+    /// The device that holds this key: the first, where there are several.
+    pub fn device_of(&self, caller: &Caller, blob: &[u8]) -> Result<Device, Refusal> {
+        let identity = self.find(caller, blob)?;
+        let mut devices = identity.places.iter().filter_map(|place| match &place.key {
+            PrivateKey::OnDevice(device, _) => Some(device.clone()),
+            PrivateKey::Soft(_) | PrivateKey::Sk(_) => None,
+        });
+        devices.next().ok_or(Refusal::NoSuchDevice)
+    }
+
+    /// Whether the caller may know of the device: a door that shows some keys only shows the devices that hold them.
+    pub fn shows_device(&self, caller: &Caller, device: &Device) -> bool {
+        let holds =
+            |identity: &Arc<Identity>| identity.places.iter().any(|place| place.key.device() == Some(device.name()));
+        caller.keys.is_none() || self.list(caller).identities.iter().any(holds)
     }
 
     /// Ends all devices; completes when nothing of their drivers is left.

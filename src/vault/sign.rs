@@ -40,6 +40,8 @@ pub struct Use<'a> {
     pub asked: Asked<'a>,
     /// The caller's own deadline; the vault's and the device's apply where they are sooner.
     pub deadline: Option<Instant>,
+    /// Whether a device's full queue makes it wait, as a plain sign request does, rather than be refused.
+    pub waits_for_place: bool,
 }
 
 /// What is asked of a key.
@@ -92,7 +94,6 @@ struct Errand {
     operation: Operation<'static>,
     needs: Grants,
     verdict: Verdict,
-    /// Whether a full queue makes it wait, as a plain signature does, rather than be refused.
     waits_for_place: bool,
     deadline: Instant,
 }
@@ -128,7 +129,7 @@ impl Vault {
                     operation: operation.into_owned(),
                     needs,
                     verdict,
-                    waits_for_place: matches!(wanted.asked, Asked::Ssh { .. }),
+                    waits_for_place: wanted.waits_for_place,
                     deadline: wanted.deadline.map_or(deadline, |own| own.min(deadline)),
                     caller,
                 };
