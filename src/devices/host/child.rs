@@ -21,6 +21,8 @@ use tokio::runtime;
 use zeroize::Zeroizing;
 
 use super::wire::{self, Answer, Frame, FrameError, MAX_LANES, Request, SPARE_CALLS};
+#[cfg(feature = "scripted")]
+use crate::devices::scripted::Scripted;
 use crate::{
     devices::{
         DeviceError, Driver,
@@ -36,6 +38,13 @@ const PANICKED: i32 = 101;
 pub trait Hosted: Driver {
     /// Reads the configuration that [`Host::new`](super::Host::new) was given.
     fn config(bytes: &[u8]) -> Result<Self::Config, DeviceError>;
+}
+
+#[cfg(feature = "scripted")]
+impl Hosted for Scripted {
+    fn config(bytes: &[u8]) -> Result<Self::Config, DeviceError> {
+        Self::child_config(bytes)
+    }
 }
 
 /// Why a device's process could not begin, or ended before the daemon did.
@@ -84,6 +93,8 @@ type Run = fn(UnixStream) -> Result<Infallible, ChildError>;
 /// The drivers that run in processes of their own.
 fn driver(kind: &str) -> Option<Run> {
     match kind {
+        #[cfg(feature = "scripted")]
+        Scripted::KIND => Some(run::<Scripted>),
         _ => None,
     }
 }
@@ -135,7 +146,7 @@ fn read_requests(mut socket: UnixStream, requests: &Requests) -> Result<(), Chil
         let full = |_| ChildError::Misplaced("more calls than there is room for");
         match wire::decode_request(&body)? {
             (wire::OPEN_ID, Request::Open(config)) if !opened => {
-                requests.config.try_send(config).map_err(|_| ChildError::Misplaced("a second configuration"))?
+                requests.config.try_send(config).map_err(|_| ChildError::Misplaced("a second configuration"))?;
             }
             (id, Request::Call(call)) if opened => requests.calls.try_send((id, call)).map_err(full)?,
             _ => return Err(ChildError::Misplaced("a frame out of order")),
