@@ -39,6 +39,8 @@ pub struct Place {
     pub constraints: Constraints,
     /// What it may be used for beyond plain signatures.
     pub grants: Grants,
+    /// Its turn among the identity's places, the lowest first: 0 for memory, then the devices as they are configured.
+    pub rank: usize,
 }
 
 /// What a key does beyond the plain signatures of RFC 9987, section 3.6.
@@ -81,7 +83,7 @@ pub struct Identity {
     pub blob: Box<[u8]>,
     /// The key's type.
     pub key_type: KeyType,
-    /// Where its private half is, at least once. The first place that is available signs.
+    /// Where its private half is, at least once, by rank. The first place that is available signs.
     pub places: Vec<Place>,
 }
 

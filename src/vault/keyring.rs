@@ -90,7 +90,10 @@ impl Keyring {
         let expires = place.constraints.expires;
         match identity.places.iter_mut().find(|other| other.key.device() == place.key.device()) {
             Some(other) => *other = place,
-            None => identity.places.push(place),
+            None => {
+                let after = identity.places.partition_point(|other| other.rank <= place.rank);
+                identity.places.insert(after, place);
+            }
         }
         let old_size = old.map_or(0, |old| size(old));
         let bytes = self.bytes - old_size + size(&identity);
@@ -223,6 +226,7 @@ mod tests {
             comment: comment.as_bytes().into(),
             constraints: Constraints { expires: expires.map(Duration::from_secs), ..Constraints::default() },
             grants: Grants::NONE,
+            rank: 0,
         };
         ring.put(blob, KeyType::Ecdsa(Curve::P256), place).unwrap();
     }

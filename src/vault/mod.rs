@@ -276,6 +276,7 @@ impl Vault {
                 destinations: candidate.destinations,
             },
             grants: Grants::NONE,
+            rank: 0,
         };
         let (blob, key_type) = (candidate.blob, candidate.key_type);
         let route = Route::new(caller, unix_now());

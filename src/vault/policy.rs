@@ -358,6 +358,7 @@ mod tests {
                 comment: b"me@home".as_slice().into(),
                 constraints,
                 grants: Grants::NONE,
+                rank: 0,
             }],
         }
     }
@@ -374,6 +375,7 @@ mod tests {
                 comment: b"token".as_slice().into(),
                 constraints: Constraints::default(),
                 grants: Grants::NONE,
+                rank: 0,
             }],
         }
     }

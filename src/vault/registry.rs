@@ -34,15 +34,22 @@ pub struct Member {
     pub device: Device,
     /// The terms of its keys.
     pub terms: Arc<Terms>,
+    /// Its number among the devices, from 1 on: in this order they are asked for a key that several have.
+    pub rank: usize,
 }
 
 impl Vault {
     /// Takes a device into the vault, and keeps up with it for as long as both live. `known` are its keys from an earlier
     /// run: they are listed before it has answered.
     pub fn add_device(self: &Arc<Self>, device: Device, terms: Terms, known: &[FoundKey]) {
-        let member = Member { device: device.clone(), terms: Arc::new(terms) };
+        let member = {
+            let mut state = self.write();
+            let rank = state.devices.len() + 1;
+            let member = Member { device: device.clone(), terms: Arc::new(terms), rank };
+            state.devices.push(member.clone());
+            member
+        };
         self.keep(&member, known, false);
-        self.write().devices.push(member.clone());
         let vault = Arc::downgrade(self);
         let mut states = device.watch();
         states.mark_changed();
@@ -154,6 +161,7 @@ fn put(ring: &mut Keyring, blob: &[u8], member: &Member, key: &Arc<FoundKey>) ->
         comment: key.label.replace('\0', "").into_bytes().into(),
         constraints: member.terms.constraints.clone(),
         grants: member.terms.grants,
+        rank: member.rank,
     };
     ring.put(blob, key_type, place).map_err(|Full| "the vault is full")
 }

@@ -64,6 +64,11 @@ impl Askpass {
         Self { program, asked, answer, _dir: dir }
     }
 
+    /// Its path.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// Makes `agent` use this program, on a display that does not exist.
     pub fn serve(&self, agent: &mut Command) {
         agent.env("SSH_ASKPASS", &self.program).env("DISPLAY", ":none");

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod askpass;
 pub mod client;
+pub mod daemon;
 pub mod soft;
 pub mod sshd;
 

@@ -1,0 +1,196 @@
+//! The daemon with devices: keys that stay listed while their device is away, one key in two places, one prompt for many
+//! requests, crashes that cost nothing else, and an end that leaves nothing.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
+
+mod support;
+
+use std::{fs, thread, time::Instant};
+
+use rustix::process::{Signal, kill_process, test_kill_process};
+use support::{
+    PATIENCE,
+    askpass::Askpass,
+    client::{FAILURE, Key, SIGN_REQUEST, SIGN_RESPONSE, message},
+    daemon::{Daemon, Home},
+    eventually,
+};
+
+/// Two keys: one that is also on token B, one of its own.
+const TOKEN_A: &str = r#"
+serial = "A1"
+lanes = 2
+control = CONTROL
+[[key]]
+slot = "shared"
+type = "ed25519"
+seed = 1
+label = "shared"
+[[key]]
+slot = "own"
+type = "rsa"
+label = "only on A"
+"#;
+
+const TOKEN_B: &str = r#"
+serial = "B1"
+control = CONTROL
+[[key]]
+slot = "same"
+type = "ed25519"
+seed = 1
+label = "shared too"
+"#;
+
+/// Its PIN is asked for, and it opens locked.
+const LOCKED: &str = r#"
+serial = "L1"
+lanes = 4
+locked = true
+control = CONTROL
+[pin]
+value = "123456"
+[[key]]
+slot = "k"
+type = "p256"
+seed = 2
+label = "locked"
+"#;
+
+/// The blob of the listed key with this comment.
+fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
+    let mut found = None;
+    eventually(&format!("{comment:?} is listed"), || {
+        found = daemon.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+fn sign(blob: &[u8], data: &[u8]) -> Vec<u8> {
+    let mut body = message(SIGN_REQUEST, &[blob, data]);
+    body.extend([0; 4]);
+    body
+}
+
+fn signs(daemon: &Daemon<'_>, blob: &[u8]) -> bool {
+    daemon.connect().request(&sign(blob, b"data"))[0] == SIGN_RESPONSE
+}
+
+#[test]
+fn keys_stay_listed_while_their_device_is_away() {
+    let mut home = Home::new();
+    home.device("a", TOKEN_A, "probe = \"50ms\"");
+    let daemon = home.start();
+    let own = blob(&daemon, "only on A");
+    assert!(signs(&daemon, &own));
+    drop(daemon);
+
+    fs::write(home.control("a").join("absent"), "").unwrap();
+    let daemon = home.start();
+    daemon.logs("absent device=\"a\"");
+    assert_eq!(daemon.connect().list().len(), 2, "from the state file alone");
+    assert!(!signs(&daemon, &own));
+    daemon.logs("the device that holds the key is not connected");
+
+    fs::remove_file(home.control("a").join("absent")).unwrap();
+    eventually("the key signs again when the device is back", || signs(&daemon, &own));
+}
+
+#[test]
+fn the_second_place_of_a_key_takes_over() {
+    let mut home = Home::new();
+    home.device("a", TOKEN_A, "probe = \"50ms\"");
+    home.device("b", TOKEN_B, "probe = \"50ms\"");
+    let daemon = home.start();
+    let shared = blob(&daemon, "shared");
+    eventually("both devices are ready", || home.log().matches(" ready device=").count() == 2);
+    assert_eq!(daemon.connect().list().len(), 2, "one key in two places is one identity");
+    fs::write(home.control("a").join("absent"), "").unwrap();
+    daemon.logs("absent device=\"a\"");
+    assert!(signs(&daemon, &shared));
+    fs::write(home.control("b").join("absent"), "").unwrap();
+    eventually("with both away it does not sign", || !signs(&daemon, &shared));
+    fs::remove_file(home.control("a").join("absent")).unwrap();
+    eventually("it signs on whichever is back", || signs(&daemon, &shared));
+}
+
+#[test]
+fn many_requests_make_one_prompt_and_a_restart_makes_none() {
+    let mut askpass = Askpass::new();
+    let mut home = Home::new();
+    home.device("l", LOCKED, "");
+    home.askpass(&askpass);
+    let daemon = home.start();
+    let key = blob(&daemon, "locked");
+    let mut clients: Vec<_> = (0..20).map(|_| daemon.connect()).collect();
+    for client in &mut clients {
+        client.send(&sign(&key, b"data"));
+    }
+    let prompt = askpass.next();
+    assert!(prompt.text.starts_with("Enter PIN for l (serial L1)\n3 tries are left."), "{prompt:?}");
+    askpass.answer(0, "123456");
+    for client in &mut clients {
+        assert_eq!(client.receive().unwrap()[0], SIGN_RESPONSE);
+    }
+    for (pid, _) in daemon.hosts() {
+        kill_process(pid, Signal::KILL).unwrap();
+    }
+    // The PIN that the token accepted is sent to it again; a second prompt would find nobody.
+    eventually("it signs after its driver was killed", || signs(&daemon, &key));
+}
+
+#[test]
+fn a_killed_driver_costs_the_requests_inside_it_and_nothing_else() {
+    let mut home = Home::new();
+    home.device("a", &format!("latency_ms = 20\n{TOKEN_A}"), "");
+    let daemon = home.start();
+    let own = blob(&daemon, "only on A");
+    let soft = Key::random();
+    assert_eq!(daemon.connect().request(&soft.add_message(b"soft", &[])), [6]);
+    let mut clients: Vec<_> = (0..100).map(|_| daemon.connect()).collect();
+    for client in &mut clients {
+        client.send(&sign(&own, b"data"));
+    }
+    assert_eq!(clients[0].receive().unwrap()[0], SIGN_RESPONSE, "the work has begun");
+    let killed = daemon.hosts();
+    assert_eq!(killed.len(), 1);
+    kill_process(killed[0].0, Signal::KILL).unwrap();
+    let data = b"meanwhile";
+    assert!(soft.signed(data, &daemon.connect().request(&soft.sign_message(data))));
+    let answers: Vec<u8> = clients[1..].iter_mut().map(|client| client.receive().unwrap()[0]).collect();
+    let refused = answers.iter().filter(|answer| **answer == FAILURE).count();
+    assert!(answers.iter().all(|answer| [SIGN_RESPONSE, FAILURE].contains(answer)));
+    assert!(refused <= 2, "{refused} requests were lost, and there are two lanes");
+    assert!(signs(&daemon, &own));
+    assert_ne!(daemon.hosts()[0].0, killed[0].0);
+}
+
+#[test]
+fn the_end_answers_what_is_in_flight_and_leaves_nothing() {
+    let mut home = Home::new();
+    let hang = "[[rule]]\non = \"sign\"\ndo = \"hang\"\n";
+    home.device("a", &format!("{TOKEN_A}{hang}"), "timeout = \"1h\"");
+    let daemon = home.start();
+    let own = blob(&daemon, "only on A");
+    let mut clients: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
+    for client in &mut clients {
+        client.send(&sign(&own, b"data"));
+    }
+    let hosts = daemon.hosts();
+    assert_eq!(hosts.len(), 1);
+    let began = Instant::now();
+    let ending = thread::spawn(move || {
+        clients.iter_mut().map(|client| client.receive().ok().map(|reply| reply[0])).collect::<Vec<_>>()
+    });
+    assert!(daemon.end(Signal::TERM).success());
+    assert!(began.elapsed() < PATIENCE);
+    let answers = ending.join().unwrap();
+    assert!(answers.iter().all(|answer| *answer == Some(FAILURE)), "{answers:?}");
+    for (pid, name) in hosts {
+        assert!(test_kill_process(pid).is_err(), "the process of {name} is still there");
+    }
+    assert!(!home.path("agent").exists() && !home.path("service").exists());
+    // The state file is free again at once.
+    drop(home.start());
+}
