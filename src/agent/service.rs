@@ -76,9 +76,9 @@ impl Service<'_> {
         match request {
             Request::Keys(paging) => self.keys(paging, out),
             Request::Devices(paging) => self.devices(paging, out),
-            Request::Use(task, deadline) => return self.use_key(&task, deadline.map(|d| Instant::now() + d), out),
+            Request::Use(task, deadline) => self.use_key(&task, deadline.map(|d| Instant::now() + d), out),
             Request::Submit(submit) => done(out, name, self.submit(&submit)),
-            Request::Collect(collect) => return Handled::Collect(collect),
+            Request::Collect(collect) => Handled::Collect(collect),
             Request::Cancel(id) => done::<Cancelled>(out, name, Ok(self.tickets.cancel(id))),
             Request::Unlock(target, pin) => {
                 let device = match self.device(name, target) {
@@ -86,7 +86,7 @@ impl Service<'_> {
                     Err(failure) => return done::<()>(out, name, Err(failure)),
                 };
                 let (vault, caller) = (Arc::clone(self.vault), Arc::clone(self.caller));
-                return self.later(name, async move { vault.unlock_device(&device, &caller, pin).await });
+                self.later(name, async move { vault.unlock_device(&device, &caller, pin).await })
             }
             Request::Lock(target) => {
                 let device = match self.device(name, target) {
@@ -94,7 +94,7 @@ impl Service<'_> {
                     Err(failure) => return done::<()>(out, name, Err(failure)),
                 };
                 let vault = Arc::clone(self.vault);
-                return self.later(name, async move { vault.lock_device(&device).await });
+                self.later(name, async move { vault.lock_device(&device).await })
             }
             Request::Forget(target) => {
                 let devices = match target {
@@ -107,7 +107,7 @@ impl Service<'_> {
                     Err(failure) => return done::<()>(out, name, Err(failure)),
                 };
                 let vault = Arc::clone(self.vault);
-                return self.later(name, async move { vault.forget_pins_of(&devices).await });
+                self.later(name, async move { vault.forget_pins_of(&devices).await })
             }
             Request::Why { all, max } => {
                 let refused = self.vault.why().of(self.caller, all);
@@ -115,7 +115,7 @@ impl Service<'_> {
                 let (entries, _) = fitting(told.iter().map(|(refused, reason)| refusal_entry(refused, reason)), max);
                 done(out, name, Ok(entries))
             }
-            Request::Random { len, device } => return self.random(len as usize, device, out),
+            Request::Random { len, device } => self.random(len as usize, device, out),
         }
     }
 
@@ -263,7 +263,7 @@ impl Service<'_> {
 
     fn submit(&mut self, submit: &Submit<'_>) -> Result<(), Failure> {
         let deadline = submit.deadline.map(|deadline| Instant::now() + deadline);
-        self.tickets.reserve(submit.id, submit.task.len() + RESULT)?;
+        self.tickets.reserve(submit.id, submit.task.size() + RESULT)?;
         match self.operate(&submit.task, deadline) {
             Answer::Now(outcome) => self.tickets.finish(submit.id, outcome),
             Answer::Later(work) => self.tickets.run(submit.id, work),

@@ -38,8 +38,6 @@ pub enum DriverConfig {
     Scripted {
         /// The script's file.
         script: std::path::PathBuf,
-        /// Whether it runs in the daemon's process rather than in a child.
-        in_process: bool,
     },
 }
 
@@ -67,7 +65,6 @@ pub(super) struct DeviceForm {
     #[serde(default)]
     env: BTreeMap<String, String>,
     script: Option<Spanned<String>>,
-    in_process: Option<Spanned<bool>>,
 }
 
 #[derive(Deserialize)]
@@ -136,12 +133,9 @@ fn driver(form: &DeviceForm, system: &System) -> Result<DriverConfig, Fault> {
             return Err(Fault::new(form.driver.span(), "the driver `scripted` needs a `script`"));
         };
         let script = checked(script, |path| system.expand(path))?;
-        return Ok(DriverConfig::Scripted {
-            script,
-            in_process: form.in_process.as_ref().is_some_and(|here| *here.as_ref()),
-        });
+        return Ok(DriverConfig::Scripted { script });
     }
-    let _ = (&form.script, &form.in_process);
+    let _ = &form.script;
     Err(Fault::new(form.driver.span(), format!("this version has no driver `{}`", form.driver.as_ref())))
 }
 

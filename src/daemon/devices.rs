@@ -24,6 +24,19 @@ pub(super) fn add_all(vault: &Arc<Vault>, devices: &[DeviceConfig], known: &[Kno
 fn start(config: &DeviceConfig) -> Device {
     match config.driver {
         #[cfg(feature = "scripted")]
-        crate::config::DriverConfig::Scripted { ref script, in_process } => scripted(config, script, in_process),
+        crate::config::DriverConfig::Scripted { ref script } => {
+            hosted(config, "scripted", std::fs::read(script).unwrap_or_default())
+        }
     }
+}
+
+/// A device whose driver runs in a process of its own and reads `own` by its `Hosted::config`.
+#[cfg(feature = "scripted")]
+fn hosted(config: &DeviceConfig, kind: &'static str, own: Vec<u8>) -> Device {
+    use crate::devices::host::{Host, HostSettings};
+
+    let mut settings = HostSettings::new(&config.name);
+    settings.env = config.env.iter().map(|(name, value)| (name.into(), value.into())).collect();
+    settings.open_timeout = config.settings.open_timeout;
+    Device::start(&config.name, kind, config.settings.clone(), Host::new(kind, own, settings))
 }

@@ -235,7 +235,7 @@ impl<'a> KeyUse<'a> {
     }
 
     /// How many bytes of it a caller chose.
-    pub fn len(&self) -> usize {
+    pub fn size(&self) -> usize {
         self.key.len()
             + match &self.how {
                 How::Ssh { data, .. } => data.len(),
