@@ -242,6 +242,36 @@ def make(directory, agent):
     session("broken", use, end=u32(0))
     session("too-long", use, end=u32(1 << 30))
 
+    # Frames between the daemon and a device's process: id, tag, body.
+    def u64(n):
+        return struct.pack(">Q", n)
+
+    head, status = u64(7), string("serial") + b"\0\1\3" + u64(1)
+    slot, pss, oaep = string("slot"), b"\2\1", b"\0\1"
+    found = slot + string(ed25519.blob) + u64(1) + string(user) + string("label")
+    found += u64(2) + pss + b"\4" + u64(1) + oaep + u64(1) + b"\1" + b"\1"
+    calls = {
+        "open": u64(0) + b"\0" + string("config"),
+        "scan": head + b"\1",
+        "unlock": head + b"\3" + string("123456"),
+        "random": head + b"\5" + u64(32),
+        "sign": head + b"\6" + slot + pss + b"\0" + string("message"),
+        "decrypt": head + b"\7" + slot + oaep + string("label") + string("ciphertext"),
+        "derive": head + b"\10" + slot + b"\0" + string("peer"),
+    }
+    answers = {
+        "wrong-pin": head + b"\0\2\1\3",
+        "failed": head + b"\0\14" + string("why"),
+        "opened": u64(0) + b"\1" + u64(4),
+        "found": head + b"\2" + u64(1) + found + b"\1" + status,
+        "status": head + b"\3" + status,
+        "done": head + b"\4",
+        "bytes": head + b"\5" + string("result"),
+    }
+    for side, frames in ((b"\0", calls), (b"\1", answers)):
+        for name, body in frames.items():
+            write("host", name, side + body)
+
     # Streams.
     stream = b"".join(map(frame, (everything, use, unlock)))
     write("frame", "whole", b"\0" + stream)
