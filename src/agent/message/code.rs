@@ -163,7 +163,7 @@ impl Failure {
     }
 
     fn sent_message(&self) -> &[u8] {
-        self.message[..self.message.floor_char_boundary(MAX_MESSAGE)].as_bytes()
+        &self.message.as_bytes()[..self.message.floor_char_boundary(MAX_MESSAGE)]
     }
 
     /// Reads what [`put`](Self::put) wrote. A code that a newer daemon has and we do not is [`Code::Failed`].
