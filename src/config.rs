@@ -2,6 +2,8 @@
 //!
 //! No file is needed to start. `contrib/config.toml` shows every setting with its default.
 
+mod device;
+
 use std::{
     env, fs, io,
     ops::Range,
@@ -14,7 +16,10 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use thiserror::Error;
 use toml::Spanned;
 
+pub use device::{DeviceConfig, DriverConfig};
+
 use crate::{prompt::MAX_OPEN, public_key::FingerprintHash};
+use device::DeviceForm;
 
 /// A file longer than this is not a configuration, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -33,12 +38,17 @@ pub struct Config {
     /// The doors, in the file's order. Sockets that systemd hands over take the place of their paths, and keep the
     /// other settings of the first door of their kind.
     pub listen: Vec<Listen>,
+    /// The devices that the vault holds, in the file's order.
+    pub devices: Vec<DeviceConfig>,
     /// What keys may do.
     pub agent: AgentConfig,
     /// How people are asked.
     pub prompt: PromptConfig,
     /// What is written down.
     pub log: LogConfig,
+    /// The directory of what must survive a restart: absolute. `None` when neither the settings nor the environment name
+    /// one.
+    pub state: Option<PathBuf>,
     /// Where all this was read from.
     pub origin: Origin,
 }
@@ -50,6 +60,8 @@ pub struct Origin {
     pub file: Option<PathBuf>,
     /// The sockets named on the command line.
     pub sockets: Vec<PathBuf>,
+    /// The directory for the state named on the command line.
+    pub state: Option<PathBuf>,
 }
 
 /// What kind of peer a door is for.
@@ -178,6 +190,14 @@ pub enum ConfigError {
         /// What is wrong, for a person.
         message: String,
     },
+    /// The directory for the state named on the command line cannot be one: name another.
+    #[error("--state {path}: {source}", path = path.display())]
+    State {
+        /// As it was given.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// A socket named on the command line cannot be one: name another.
     #[error("--socket {path}: {reason}", path = path.display())]
     Socket {
@@ -194,19 +214,18 @@ impl ConfigError {
         match self {
             Self::Read { .. } => "Make the file readable, or name another one with --config.",
             Self::Invalid { .. } => "Correct that line, or remove it to get the default.",
-            Self::Socket { .. } => "Name another path.",
+            Self::State { .. } | Self::Socket { .. } => "Name another path.",
         }
     }
 }
 
 impl Config {
-    /// Reads `file`, which must exist, or else the file at the default place, which need not. Where `sockets` are
-    /// given, they are ssh doors in place of all configured doors.
-    pub fn load(file: Option<&Path>, sockets: &[PathBuf]) -> Result<Self, ConfigError> {
+    /// Reads the file that `origin` names, which must exist, or else the file at the default place, which need not. What
+    /// else `origin` names takes the place of what is configured; its sockets are ssh doors in place of all doors.
+    pub fn load(origin: Origin) -> Result<Self, ConfigError> {
         let system = System::read();
-        let origin = Origin { file: file.map(Path::to_owned), sockets: sockets.to_vec() };
-        let text = match (file, system.default_file()) {
-            (Some(path), _) => Some((path.to_owned(), read(path)?)),
+        let text = match (&origin.file, system.default_file()) {
+            (Some(path), _) => Some((path.clone(), read(path)?)),
             (None, Some(path)) => match read(&path) {
                 Ok(text) => Some((path, text)),
                 Err(ConfigError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
@@ -220,12 +239,13 @@ impl Config {
         };
         config.origin = origin;
         config.replace_doors()?;
+        config.replace_state()?;
         Ok(config)
     }
 
     /// Reads the same file again, under the same command line.
     pub fn reload(&self) -> Result<Self, ConfigError> {
-        Self::load(self.origin.file.as_deref(), &self.origin.sockets)
+        Self::load(self.origin.clone())
     }
 
     /// The settings of a door whose socket is named elsewhere: those of the first door of its kind, or the defaults.
@@ -238,9 +258,11 @@ impl Config {
         let doors = [DoorKind::Ssh, DoorKind::Service];
         Self {
             listen: doors.map(|door| system.default_door(door)).into(),
+            devices: Vec::new(),
             agent: AgentConfig::default(),
             prompt: PromptConfig::default(),
             log: LogConfig::default(),
+            state: system.state_home.clone(),
             origin: Origin::default(),
         }
     }
@@ -252,7 +274,17 @@ impl Config {
             Some(forms) => doors(forms, system)?,
             None => defaults.listen,
         };
-        Ok(Self { listen, agent: form.agent, prompt: form.prompt.check(system)?, log: form.log, ..defaults })
+        let devices = device::devices(form.device, system)?;
+        let state = form.state.map(|path| checked(&path, |path| system.expand(path))).transpose()?.or(defaults.state);
+        Ok(Self {
+            listen,
+            devices,
+            agent: form.agent,
+            prompt: form.prompt.check(system)?,
+            log: form.log,
+            state,
+            ..defaults
+        })
     }
 
     /// Puts the command line's sockets in place of the configured doors. They keep what else is set for ssh doors.
@@ -268,6 +300,14 @@ impl Config {
             Ok(Listen { path, ..model.clone() })
         };
         self.listen = self.origin.sockets.iter().map(place).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
+    fn replace_state(&mut self) -> Result<(), ConfigError> {
+        if let Some(path) = &self.origin.state {
+            let failed = |source| ConfigError::State { path: path.clone(), source };
+            self.state = Some(std::path::absolute(path).map_err(failed)?);
+        }
         Ok(())
     }
 }
@@ -309,6 +349,7 @@ impl From<toml::de::Error> for Fault {
 #[derive(Default)]
 struct System {
     config_home: Option<PathBuf>,
+    state_home: Option<PathBuf>,
     home: Option<PathBuf>,
     runtime_dir: Option<PathBuf>,
     uid: u32,
@@ -321,9 +362,12 @@ impl System {
         let dir = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let home = dir("HOME");
         let user_config = dir("XDG_CONFIG_HOME").or_else(|| Some(home.clone()?.join(".config")));
+        let user_state = dir("XDG_STATE_HOME").or_else(|| Some(home.clone()?.join(".local/state")));
         Self {
             // systemd names a system service's own directory here: ConfigurationDirectory=.
             config_home: dir("CONFIGURATION_DIRECTORY").or_else(|| Some(user_config?.join("strongroom"))),
+            // And here: StateDirectory=.
+            state_home: dir("STATE_DIRECTORY").or_else(|| Some(user_state?.join("strongroom"))),
             home,
             runtime_dir: dir("XDG_RUNTIME_DIR"),
             uid: rustix::process::getuid().as_raw(),
@@ -417,7 +461,9 @@ pub fn parse_time(text: &str) -> Option<Duration> {
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
 struct FileForm {
+    state: Option<Spanned<String>>,
     listen: Option<Vec<Spanned<ListenForm>>>,
+    device: Vec<Spanned<DeviceForm>>,
     agent: AgentConfig,
     prompt: PromptForm,
     log: LogConfig,
@@ -629,6 +675,7 @@ mod tests {
     fn system() -> System {
         System {
             config_home: Some("/home/ann/.config/strongroom".into()),
+            state_home: Some("/home/ann/.local/state/strongroom".into()),
             home: Some("/home/ann".into()),
             runtime_dir: Some("/run/user/1000".into()),
             uid: 1000,
@@ -645,6 +692,10 @@ mod tests {
         parse(text).unwrap_err()
     }
 
+    fn load(file: &Path, sockets: &[PathBuf]) -> Result<Config, ConfigError> {
+        Config::load(Origin { file: Some(file.to_owned()), sockets: sockets.to_vec(), state: None })
+    }
+
     #[test]
     fn an_empty_file_means_the_defaults() {
         let config = parse("").unwrap();
@@ -658,6 +709,7 @@ mod tests {
         assert!(config.listen.iter().all(|door| door.mode == 0o600 && door.uids == [1000, 0] && door.keys.is_none()));
         assert_eq!(config.prompt.timeout, Duration::from_secs(60));
         assert!(config.agent.restrict_websafe && !config.agent.allow_remote_pkcs11);
+        assert_eq!(config.state.unwrap(), Path::new("/home/ann/.local/state/strongroom"));
     }
 
     #[test]
@@ -717,6 +769,7 @@ mod tests {
     #[test]
     fn a_bad_value_is_refused_where_it_stands() {
         let cases = [
+            ("state = \"here\"", "c.toml:1: `here` must begin with"),
             ("[[listen]]\nmode = \"0888\"", "c.toml:2: a socket's mode is an octal string"),
             ("[[listen]]\nmode = 660", "c.toml:2: a socket's mode is an octal string"),
             ("[[listen]]\nmode = \"0060\"", "c.toml:2: a socket's mode is an octal string"),
@@ -770,10 +823,10 @@ mod tests {
     fn a_named_file_is_needed_and_reloaded() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("c.toml");
-        let missing = Config::load(Some(&file), &[]).unwrap_err();
+        let missing = load(&file, &[]).unwrap_err();
         assert!(matches!(missing, ConfigError::Read { .. }), "{missing}");
         fs::write(&file, "[log]\nlevel = \"debug\"\n").unwrap();
-        let config = Config::load(Some(&file), &[]).unwrap();
+        let config = load(&file, &[]).unwrap();
         assert_eq!(config.log.level, "debug");
         fs::write(&file, "[log]\nlevel = \"warn\"\n").unwrap();
         assert_eq!(config.reload().unwrap().log.level, "warn");
@@ -787,10 +840,24 @@ mod tests {
         let file = dir.path().join("c.toml");
         fs::write(&file, "[[listen]]\ndoor = \"service\"\n[[listen]]\nmessages = [\"ecdh@joyent.com\"]\n").unwrap();
         let sockets = [dir.path().join("a"), dir.path().join("b")];
-        let config = Config::load(Some(&file), &sockets).unwrap();
+        let config = load(&file, &sockets).unwrap();
         assert_eq!(config.listen.iter().map(|door| &door.path).collect::<Vec<_>>(), sockets.iter().collect::<Vec<_>>());
         assert!(config.listen.iter().all(|door| door.door == DoorKind::Ssh && door.messages == ["ecdh@joyent.com"]));
         let long = PathBuf::from(format!("/{}", "p".repeat(200)));
-        assert!(matches!(Config::load(Some(&file), &[long]), Err(ConfigError::Socket { .. })));
+        assert!(matches!(load(&file, &[long]), Err(ConfigError::Socket { .. })));
+    }
+
+    #[test]
+    fn the_state_is_where_the_command_line_or_else_the_file_says() {
+        assert_eq!(parse("state = \"~/vault\"").unwrap().state.unwrap(), Path::new("/home/ann/vault"));
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.toml");
+        fs::write(&file, "state = \"/configured\"\n").unwrap();
+        let origin = Origin { file: Some(file), state: Some("named".into()), ..Origin::default() };
+        let config = Config::load(origin).unwrap();
+        assert_eq!(config.state, Some(env::current_dir().unwrap().join("named")));
+        assert_eq!(config.reload().unwrap().state, config.state);
+        let config = Config::load(Origin { state: None, ..config.origin }).unwrap();
+        assert_eq!(config.state.unwrap(), Path::new("/configured"));
     }
 }

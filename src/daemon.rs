@@ -1,5 +1,6 @@
 //! Builds the vault, listens, and serves until a signal: what `strongroom agent` and the drop-in have in common.
 
+mod devices;
 mod server;
 mod sockets;
 
@@ -29,7 +30,11 @@ use crate::log::{self, Log, Target};
 use crate::prompt;
 use crate::public_key::FingerprintHash;
 use crate::sys::process;
-use crate::vault::{self, policy::Rules};
+use crate::vault::{
+    self,
+    policy::Rules,
+    store::{KnownDevice, Store, StoreError},
+};
 
 /// What keys may do, by the drop-in's command line.
 pub struct AgentOptions {
@@ -79,6 +84,12 @@ pub enum DaemonError {
     /// A socket cannot be served.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The state cannot be read or kept.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is no directory for the state.
+    #[error("the devices need a place for their state; set HOME, or name a directory with --state")]
+    NoStateDirectory,
     /// Threads, descriptors or memory are missing.
     #[error("cannot start: {0}; look at the limits on processes and open files (ulimit -u, ulimit -n)")]
     Start(#[source] io::Error),
@@ -96,7 +107,8 @@ pub fn serve_ssh_agent(
     let target = if foreground.interactive { Target::Stderr } else { Target::Syslog };
     // As quiet as ssh-agent, which without -d logs what went wrong and nothing else.
     let _log = Log::start(target, if foreground.debug { LevelFilter::DEBUG } else { LevelFilter::WARN });
-    let server = Server::new(options.into(), prompt::Settings::default())?;
+    let store = Store::in_memory().map_err(io::Error::other)?;
+    let mut server = Server::new(options.into(), prompt::Settings::default(), store)?;
     let (_door, door) = watch::channel(Arc::new(Door::ssh_agent()));
     let mut signals = {
         let _runtime = server.runtime().enter();
@@ -137,9 +149,19 @@ pub fn run_agent(config: Config) -> Result<(), DaemonError> {
     process::deny_core_files().map_err(DaemonError::Harden)?;
     let sockets = sockets::all(&config)?;
     let log = Log::start(Target::Stderr, log::level(&config.log.level));
-    let agent = Agent::start(config, sockets, log).map_err(DaemonError::Start)?;
+    let (store, known) = open_store(&config)?;
+    let agent = Agent::start(config, sockets, log, store, &known).map_err(DaemonError::Start)?;
     agent.run();
     Ok(())
+}
+
+/// What the devices left behind when they were last seen. Without devices there is nothing to remember.
+fn open_store(config: &Config) -> Result<(Store, Vec<KnownDevice>), DaemonError> {
+    if config.devices.is_empty() {
+        return Ok((Store::in_memory()?, Vec::new()));
+    }
+    let directory = config.state.as_deref().ok_or(DaemonError::NoStateDirectory)?;
+    Ok(Store::open(directory)?)
 }
 
 /// `strongroom agent` at work.
@@ -161,12 +183,16 @@ struct OpenDoor {
 }
 
 impl Agent {
-    fn start(config: Config, sockets: Vec<Socket>, log: Log) -> io::Result<Self> {
-        let server = Server::new((&config).into(), (&config.prompt).into())?;
+    fn start(config: Config, sockets: Vec<Socket>, log: Log, store: Store, known: &[KnownDevice]) -> io::Result<Self> {
+        let mut server = Server::new((&config).into(), (&config.prompt).into(), store)?;
         let signals = {
             let _runtime = server.runtime().enter();
             Signals::new()?
         };
+        {
+            let _runtime = server.runtime().enter();
+            devices::add_all(server.vault(), &config.devices, known);
+        }
         let mut doors = Vec::with_capacity(sockets.len());
         for Socket { listener, listen, source } in sockets {
             let (sender, door) = watch::channel(Arc::new(Door::new(&listen)));
@@ -227,6 +253,12 @@ impl Agent {
         }
         if config.prompt != self.config.prompt {
             warn!("the settings of [prompt] changed; they take effect when the agent is started again");
+        }
+        if config.devices != self.config.devices {
+            warn!("the devices changed; they take effect when the agent is started again");
+        }
+        if config.state != self.config.state {
+            warn!("the directory of the state changed; it takes effect when the agent is started again");
         }
         let opened = |door: &OpenDoor| matches!(door.source, Source::Opened(_));
         if self.doors.iter().any(opened) && paths(&config) != paths(&self.config) {

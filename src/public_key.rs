@@ -73,9 +73,14 @@ pub enum KeyType {
     SkEcdsa,
     /// `ssh-mldsa44-ed25519@openssh.com`
     MlDsa44Ed25519,
+    /// `ed25519-expanded@spec.torproject.org`: a private key in tor's form. Its public key is an `ssh-ed25519` one like
+    /// any other, as tor's ssh-protocols specification demands, and nothing public bears this name.
+    Ed25519Expanded,
+    /// `x25519@spec.torproject.org`
+    X25519,
 }
 
-/// Every key type, with its plain name and the name of its certificates.
+/// Every key type of SSH's, with its plain name and the name of its certificates.
 const NAMES: [(KeyType, &str, &str); 8] = [
     (KeyType::Ed25519, "ssh-ed25519", "ssh-ed25519-cert-v01@openssh.com"),
     (KeyType::Ecdsa(Curve::P256), "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp256-cert-v01@openssh.com"),
@@ -87,10 +92,16 @@ const NAMES: [(KeyType, &str, &str); 8] = [
     (KeyType::MlDsa44Ed25519, "ssh-mldsa44-ed25519@openssh.com", "ssh-mldsa44-ed25519-cert-v01@openssh.com"),
 ];
 
+/// The key types of the Tor Project's extensions, which have no certificates (tor's ssh-protocols specification).
+const TOR_NAMES: [(KeyType, &str); 2] = [
+    (KeyType::Ed25519Expanded, "ed25519-expanded@spec.torproject.org"),
+    (KeyType::X25519, "x25519@spec.torproject.org"),
+];
+
 impl KeyType {
     /// The type behind an algorithm name, and whether that is the name of its certificates.
     pub fn from_name(name: &[u8]) -> Option<(Self, bool)> {
-        NAMES.iter().find_map(|&(t, plain, cert)| {
+        let of_ssh = NAMES.iter().find_map(|&(t, plain, cert)| {
             if name == plain.as_bytes() {
                 Some((t, false))
             } else if name == cert.as_bytes() {
@@ -98,21 +109,19 @@ impl KeyType {
             } else {
                 None
             }
-        })
+        });
+        of_ssh.or_else(|| TOR_NAMES.iter().find(|n| name == n.1.as_bytes()).map(|n| (n.0, false)))
     }
 
-    fn names(self) -> (&'static str, &'static str) {
-        NAMES.iter().find(|n| n.0 == self).map_or(("", ""), |n| (n.1, n.2))
-    }
-
-    /// The plain algorithm name, as the key's blob begins with.
+    /// The plain algorithm name, as the key's blob begins with, but for [`KeyType::Ed25519Expanded`].
     pub fn name(self) -> &'static str {
-        self.names().0
+        let of_ssh = NAMES.iter().find(|n| n.0 == self).map(|n| n.1);
+        of_ssh.or_else(|| TOR_NAMES.iter().find(|n| n.0 == self).map(|n| n.1)).unwrap_or_default()
     }
 
-    /// The algorithm name of this type's certificates.
-    pub fn cert_name(self) -> &'static str {
-        self.names().1
+    /// Whether ssh knows such keys. Others are not in the listing that it is offered.
+    pub fn is_ssh(self) -> bool {
+        !matches!(self, KeyType::Ed25519Expanded | KeyType::X25519)
     }
 
     /// The short upper-case name that OpenSSH shows to people.
@@ -124,6 +133,8 @@ impl KeyType {
             KeyType::SkEd25519 => "ED25519-SK",
             KeyType::SkEcdsa => "ECDSA-SK",
             KeyType::MlDsa44Ed25519 => "MLDSA44-ED25519",
+            KeyType::Ed25519Expanded => "ED25519-EXPANDED",
+            KeyType::X25519 => "X25519",
         }
     }
 
@@ -162,6 +173,8 @@ pub enum PublicKey<'a> {
     SkEcdsa(&'a [u8], &'a [u8]),
     /// The ML-DSA-44 key, then the Ed25519 point.
     MlDsa44Ed25519(&'a [u8], &'a [u8]),
+    /// The 32 bytes of the u coordinate (RFC 7748, section 5).
+    X25519(&'a [u8]),
 }
 
 impl<'a> PublicKey<'a> {
@@ -192,6 +205,13 @@ impl<'a> PublicKey<'a> {
                 let (mldsa, ed25519) = both.split_at(MLDSA44_PUBLIC);
                 Self::MlDsa44Ed25519(mldsa, ed25519)
             }
+            KeyType::Ed25519Expanded => {
+                return Err(KeyError::Invalid("the public half of an expanded key is an ssh-ed25519 key"));
+            }
+            KeyType::X25519 => match r.string()? {
+                point if point.len() == 32 => Self::X25519(point),
+                _ => return Err(KeyError::Invalid("an X25519 key has 32 bytes")),
+            },
         })
     }
 
@@ -210,6 +230,7 @@ impl<'a> PublicKey<'a> {
             Self::SkEd25519(..) => KeyType::SkEd25519,
             Self::SkEcdsa(..) => KeyType::SkEcdsa,
             Self::MlDsa44Ed25519(..) => KeyType::MlDsa44Ed25519,
+            Self::X25519(_) => KeyType::X25519,
         }
     }
 
@@ -218,7 +239,7 @@ impl<'a> PublicKey<'a> {
         let mut out = Vec::with_capacity(64);
         out.put_string(self.key_type().name().as_bytes());
         match self {
-            Self::Ed25519(point) => out.put_string(point),
+            Self::Ed25519(point) | Self::X25519(point) => out.put_string(point),
             Self::Ecdsa(curve, point) => {
                 out.put_string(curve.name().as_bytes());
                 out.put_string(point);
@@ -295,6 +316,7 @@ impl<'a> PublicKey<'a> {
                 }
                 lc_verify(&lc::ED25519, ed25519, &message, ed_sig)?;
             }
+            Self::X25519(_) => return Err(KeyError::BadSignature),
         }
         r.finish()?;
         Ok(algorithm)

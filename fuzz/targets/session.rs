@@ -23,7 +23,7 @@ use strongroom::{
     prompt::{self, Environment, Prompter},
     public_key::{Blob, FingerprintHash, KeyType, PublicKey},
     rfc4251::Reader,
-    vault::{Candidate, Settings, Vault, key::Caller, policy::Rules, soft_key},
+    vault::{Candidate, Parts, Settings, Vault, key::Caller, policy::Rules, soft_key, store::Store},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf},
@@ -60,7 +60,7 @@ static WORLD: LazyLock<(Runtime, Arc<Vault>)> = LazyLock::new(|| {
     };
     // No display: whatever asks a person is refused at once.
     let prompts = prompt::Settings { environment: Environment::Only(Default::default()), ..Default::default() };
-    (runtime, Vault::new(settings, Prompter::new(prompts)))
+    (runtime, Vault::new(settings, Parts::new(Prompter::new(prompts), Store::in_memory().unwrap())))
 });
 
 fuzz_target!(
@@ -132,7 +132,7 @@ async fn one_connection(vault: &Arc<Vault>, client: &Client<'_>) {
     vault.add(&caller, candidate, key).expect("an open vault");
     let (near, far) = tokio::io::duplex(64 * 1024);
     tokio::join!(
-        session::serve(far, Arc::clone(vault), Arc::new(Door::ssh_agent()), caller.clone()),
+        session::serve(far, Arc::clone(vault), Arc::new(Door::ssh_agent()), caller.clone(), std::future::pending()),
         client.talk(near)
     );
     reopen(vault, client).await;

@@ -12,7 +12,10 @@ use rustix::process::geteuid;
 use tokio::net::unix::UCred;
 use tracing::warn;
 
-use super::extension::{QUERY, SESSION_BIND};
+use super::{
+    extension::{QUERY, SESSION_BIND},
+    message::{Name, compatible},
+};
 use crate::{
     config::{DoorKind, Listen},
     sys::peer,
@@ -29,23 +32,31 @@ pub struct Door {
     kind: DoorKind,
     uids: Vec<u32>,
     keys: Option<Arc<[String]>>,
+    /// The extensions that are spoken here, beside session-bind.
+    messages: Vec<&'static str>,
 }
 
 impl Door {
     /// The drop-in's only door: the standard messages for our own uid and root.
     pub fn ssh_agent() -> Self {
-        Self { kind: DoorKind::Ssh, uids: vec![geteuid().as_raw(), 0], keys: None }
+        Self { kind: DoorKind::Ssh, uids: vec![geteuid().as_raw(), 0], keys: None, messages: vec![QUERY] }
     }
 
     /// The door that the configuration describes.
     pub fn new(listen: &Listen) -> Self {
-        for message in &listen.messages {
+        let ours = Name::ALL.iter().map(|name| name.as_str());
+        let all: Vec<_> = ours.chain(compatible::Name::ALL.iter().map(|name| name.as_str())).collect();
+        for message in listen.messages.iter().filter(|message| !all.contains(&message.as_str())) {
             warn!(message, "the configuration opens a message that this version does not have");
         }
+        let spoken = |message: &&'static str| {
+            listen.door == DoorKind::Service || listen.messages.iter().any(|configured| configured == message)
+        };
         Self {
             kind: listen.door,
             uids: listen.uids.clone(),
             keys: listen.keys.as_ref().map(|keys| keys.as_slice().into()),
+            messages: [QUERY].into_iter().chain(all.into_iter().filter(spoken)).collect(),
         }
     }
 
@@ -88,8 +99,15 @@ impl Door {
         self.kind == DoorKind::Ssh
     }
 
-    /// The extensions spoken here, as `query` lists them.
-    pub fn extensions(&self) -> impl Iterator<Item = &str> {
-        [QUERY, SESSION_BIND].into_iter().filter(|name| *name != SESSION_BIND || self.binds_sessions())
+    /// The extensions that are spoken here with this caller, as `query` lists them. Whatever comes from another machine
+    /// gets the standard messages only.
+    pub fn extensions(&self, caller: &Caller) -> impl Iterator<Item = &'static str> {
+        let messages = self.messages.iter().copied().filter(|name| *name == QUERY || !caller.bind_attempted);
+        messages.chain(self.binds_sessions().then_some(SESSION_BIND))
+    }
+
+    /// Whether this extension is spoken here with this caller.
+    pub fn speaks(&self, caller: &Caller, name: &[u8]) -> bool {
+        self.extensions(caller).any(|spoken| spoken.as_bytes() == name)
     }
 }

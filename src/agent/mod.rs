@@ -5,5 +5,7 @@ pub mod door;
 pub mod extension;
 pub mod frame;
 pub mod message;
+mod service;
 pub mod session;
+pub mod ticket;
 pub mod wire;

@@ -7,26 +7,32 @@ use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     future::{Future, poll_fn},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll, ready},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Sleep, sleep},
+};
 use tracing::{debug, info, warn};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{
     door::Door,
-    extension::{self, QUERY, SESSION_BIND},
+    extension::{self, SESSION_BIND},
     frame::{self, Backlog, FrameError, MAX_FRAME},
-    wire::{self, AddRequest, PrivateParts, RSA_SHA2_256, RSA_SHA2_512, Request, SignRequest, number},
+    message::{self, Collect, compatible},
+    service::{self, Handled, Later, Service},
+    ticket::Tickets,
+    wire::{self, AddRequest, PrivateParts, Request, SignRequest, number},
 };
 use crate::{
-    devices::{DeviceError, Hash, Signature, sk::SkKey},
+    devices::{DeviceError, Outcome, sk::SkKey},
     public_key::{FingerprintHash, KeyType, fingerprint},
     vault::{
-        Answer, Candidate, Signing, Vault,
+        Answer, Asked, Candidate, Use, Vault,
         key::{Caller, PrivateKey},
         policy::Refusal,
         soft_key,
@@ -50,12 +56,15 @@ thread_local! {
     static WRITE_BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
 }
 
-/// Serves one connection until the peer hangs up or breaks the framing. Dropping the future cancels what is in flight.
-pub async fn serve<S>(stream: S, vault: Arc<Vault>, door: Arc<Door>, caller: Caller)
+/// Serves one connection until the peer hangs up or breaks the framing, or until `end` completes and what is in flight
+/// is answered. Dropping the future cancels what is in flight.
+pub async fn serve<S, E>(stream: S, vault: Arc<Vault>, door: Arc<Door>, caller: Caller, end: E)
 where
     S: AsyncRead + AsyncWrite + Unpin,
+    E: Future<Output = ()>,
 {
-    let session = Session { vault, door, caller: Arc::new(caller), secret_seen: false };
+    let tickets = Tickets::new(caller.uid, Arc::clone(vault.ticket_budget()));
+    let session = Session { vault, door, caller: Arc::new(caller), tickets, gives_secrets: false, secret_seen: false };
     let mut connection = Connection {
         stream,
         session,
@@ -65,14 +74,23 @@ where
         out: Vec::new(),
         sent: 0,
         budget: TURN,
+        ending: false,
+        wipes: false,
     };
-    poll_fn(|cx| connection.poll(cx)).await;
+    let mut end = pin!(end);
+    poll_fn(|cx| {
+        connection.ending = connection.ending || end.as_mut().poll(cx).is_ready();
+        connection.poll(cx)
+    })
+    .await;
 }
 
 /// A reply in its place among the others.
 enum Reply {
-    Ready(Vec<u8>),
-    Waiting(Pin<Box<dyn Future<Output = Vec<u8>> + Send>>),
+    Ready(Zeroizing<Vec<u8>>),
+    Waiting(Later),
+    /// Of a `collect`, with its time: at once when there is something, or when the next frame is there.
+    Collecting(Collect, Pin<Box<Sleep>>),
 }
 
 struct Connection<S> {
@@ -88,6 +106,10 @@ struct Connection<S> {
     sent: usize,
     /// Frames that may still be handled before other connections have their turn.
     budget: usize,
+    /// Whether no further frame is handled, and the connection ends when all that were are answered.
+    ending: bool,
+    /// Whether replies here may carry secrets, so that their buffer is wiped.
+    wipes: bool,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -98,7 +120,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.budget = TURN;
         let polled = self.poll_inner(cx);
         if self.out.is_empty() {
-            let spare = std::mem::take(&mut self.out);
+            let mut spare = std::mem::take(&mut self.out);
+            if self.wipes {
+                spare.zeroize();
+            }
             if spare.capacity() <= KEPT_CAPACITY {
                 WRITE_BUFFER.set(spare);
             }
@@ -129,6 +154,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
+            if self.ending && self.replies.is_empty() && unsent == 0 {
+                return Poll::Ready(());
+            }
             // What was written may have made room for frames that wait; nothing else would wake us for them.
             if held && !self.is_full() {
                 continue;
@@ -146,6 +174,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Whether no further frame may be handled now.
     fn is_full(&self) -> bool {
         self.barrier
+            || self.ending
             || self.budget == 0
             || self.replies.len() >= MAX_IN_FLIGHT
             || self.out.len() - self.sent >= MAX_UNSENT
@@ -154,10 +183,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Moves replies that are due into the output.
     fn poll_replies(&mut self, cx: &mut Context<'_>) {
         for reply in &mut self.replies {
-            if let Reply::Waiting(future) = reply
-                && let Poll::Ready(bytes) = future.as_mut().poll(cx)
-            {
-                *reply = Reply::Ready(bytes);
+            match reply {
+                Reply::Ready(_) => {}
+                Reply::Waiting(future) => {
+                    if let Poll::Ready(bytes) = future.as_mut().poll(cx) {
+                        *reply = Reply::Ready(bytes);
+                    }
+                }
+                Reply::Collecting(collect, time) => {
+                    let found = self.session.tickets.poll_finished(cx).is_ready();
+                    if found || self.ending || time.as_mut().poll(cx).is_ready() {
+                        *reply = Reply::Ready(service::collected(&mut self.session.tickets, *collect));
+                    }
+                }
             }
         }
         while let Some(Reply::Ready(bytes)) = self.replies.front() {
@@ -173,6 +211,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Ok(n) if n > 0 => self.sent += n,
                 _ => return Poll::Ready(Err(())),
             }
+        }
+        if self.wipes {
+            self.out.zeroize();
         }
         self.out.clear();
         self.sent = 0;
@@ -220,35 +261,51 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                     return Err(e);
                 }
             };
+            self.hurry();
             let key_operation = Request::is_key_operation(body);
             if !key_operation && !self.replies.is_empty() {
                 break;
             }
             // Behind a reply that waits, one that is ready has to queue.
-            let mut queued = Vec::new();
-            let out = if self.replies.is_empty() { &mut self.out } else { &mut queued };
+            let mut queued = Zeroizing::new(Vec::new());
+            let out = if self.replies.is_empty() { &mut self.out } else { &mut *queued };
             match self.session.handle(body, out) {
-                None if self.replies.is_empty() => {}
-                None => self.replies.push_back(Reply::Ready(queued)),
-                Some(waiting) => {
+                Handled::Done if self.replies.is_empty() => {}
+                Handled::Done => self.replies.push_back(Reply::Ready(queued)),
+                Handled::Later(waiting) => {
                     self.replies.push_back(Reply::Waiting(waiting));
                     self.barrier = !key_operation;
                 }
+                Handled::Collect(collect) => {
+                    let time = Box::pin(sleep(collect.wait));
+                    self.replies.push_back(Reply::Collecting(collect, time));
+                }
             }
+            self.wipes |= self.session.gives_secrets;
             taken += 4 + body.len();
             self.budget -= 1;
         }
         // A future begins when it is polled: whoever handled frames polls the replies before it sleeps.
         Ok(taken)
     }
-}
 
-type Later = Pin<Box<dyn Future<Output = Vec<u8>> + Send>>;
+    /// A `collect` waits only while it is the last frame.
+    fn hurry(&mut self) {
+        if let Some(reply @ Reply::Collecting(..)) = self.replies.back_mut()
+            && let Reply::Collecting(collect, _) = *reply
+        {
+            *reply = Reply::Ready(service::collected(&mut self.session.tickets, collect));
+        }
+    }
+}
 
 struct Session {
     vault: Arc<Vault>,
     door: Arc<Door>,
     caller: Arc<Caller>,
+    tickets: Tickets,
+    /// Whether a message was handled here whose reply may carry a secret.
+    gives_secrets: bool,
     /// Whether a frame with a secret was handled since this was last asked.
     secret_seen: bool,
 }
@@ -259,7 +316,7 @@ impl Session {
     }
 
     /// Appends the reply to `out`, or returns the future that makes it.
-    fn handle(&mut self, body: &[u8], out: &mut Vec<u8>) -> Option<Later> {
+    fn handle(&mut self, body: &[u8], out: &mut Vec<u8>) -> Handled {
         self.secret_seen |= Request::is_secret(body);
         let request = match Request::read(body) {
             Ok(request) if !self.caller.denied => request,
@@ -272,7 +329,7 @@ impl Session {
         match request {
             Request::Sign(request) => return self.sign(&request, out),
             Request::List => self.list(out),
-            Request::Add(request) if is_slow(&request) => return Some(self.add_later(body)),
+            Request::Add(request) if is_slow(&request) => return Handled::Later(self.add_later(body)),
             Request::Add(request) => {
                 let added = self.vault.check_open().and_then(|()| add(&self.vault, &self.caller, &request, None));
                 self.done("add", added, out);
@@ -289,35 +346,31 @@ impl Session {
             }
             Request::Lock(password) => {
                 let lock = Arc::clone(&self.vault).lock(Arc::clone(&self.caller), Zeroizing::new(password.to_vec()));
-                return Some(self.done_later("lock", lock));
+                return Handled::Later(self.done_later("lock", lock));
             }
             Request::Unlock(password) => {
                 let unlock =
                     Arc::clone(&self.vault).unlock(Arc::clone(&self.caller), Zeroizing::new(password.to_vec()));
-                return Some(self.done_later("unlock", unlock));
+                return Handled::Later(self.done_later("unlock", unlock));
             }
-            Request::Extension(name, body) => self.extension(name, body, out),
+            Request::Extension(name, body) => return self.extension(name, body, out),
         }
-        None
+        Handled::Done
     }
 
-    fn sign(&self, request: &SignRequest<'_>, out: &mut Vec<u8>) -> Option<Later> {
-        let rsa_hash = match request.flags {
-            flags if flags & RSA_SHA2_256 != 0 => Hash::Sha256,
-            flags if flags & RSA_SHA2_512 != 0 => Hash::Sha512,
-            _ => Hash::Sha1,
-        };
-        let signing = Signing { blob: request.blob, data: request.data, rsa_hash };
-        match self.vault.sign(&self.caller, signing) {
+    fn sign(&self, request: &SignRequest<'_>, out: &mut Vec<u8>) -> Handled {
+        let asked = Asked::Ssh { data: request.data, rsa_hash: wire::rsa_hash(request.flags) };
+        let wanted = Use { blob: request.blob, asked, deadline: None, waits_for_place: true };
+        match self.vault.operate(&self.caller, wanted) {
             Answer::Now(result) => {
-                put_signed(out, &result, request.blob, &self.caller);
-                None
+                put_signed(out, result, request.blob, &self.vault, &self.caller);
+                Handled::Done
             }
             Answer::Later(future) => {
-                let (blob, caller) = (request.blob.to_vec(), Arc::clone(&self.caller));
-                Some(Box::pin(async move {
-                    let mut out = Vec::new();
-                    put_signed(&mut out, &future.await, &blob, &caller);
+                let (blob, vault, caller) = (request.blob.to_vec(), Arc::clone(&self.vault), Arc::clone(&self.caller));
+                Handled::Later(Box::pin(async move {
+                    let mut out = Zeroizing::new(Vec::new());
+                    put_signed(&mut out, future.await, &blob, &vault, &caller);
                     out
                 }))
             }
@@ -355,7 +408,7 @@ impl Session {
         })
     }
 
-    fn extension(&mut self, name: &[u8], body: &[u8], out: &mut Vec<u8>) {
+    fn extension(&mut self, name: &[u8], body: &[u8], out: &mut Vec<u8>) -> Handled {
         let is = |known: &str| name == known.as_bytes();
         if is(SESSION_BIND) && !self.door.binds_sessions() {
             warn!(pid = self.caller.pid, "an ssh tried to bind a session at the service door: it is denied everything");
@@ -369,19 +422,30 @@ impl Session {
                     wire::put_bare(out, number::EXTENSION_FAILURE);
                 }
             }
+        } else if !self.door.speaks(&self.caller, name) {
+            debug!(pid = self.caller.pid, "an extension that is not spoken here");
+            wire::put_bare(out, number::FAILURE);
+        } else if let Some(name) = message::Name::from_bytes(name) {
+            self.gives_secrets |= name.gives_secrets();
+            return self.service().handle(name, body, out);
         } else if self.vault.check_open().is_err() {
             wire::put_bare(out, number::FAILURE);
-        } else if is(QUERY) {
-            wire::put_query_answer(out, self.door.extensions());
+        } else if let Some(name) = compatible::Name::from_bytes(name) {
+            self.gives_secrets = true;
+            return self.service().handle_compatible(name, body, out);
         } else {
-            debug!(pid = self.caller.pid, "an unknown extension");
-            wire::put_bare(out, number::FAILURE);
+            wire::put_query_answer(out, self.door.extensions(&self.caller));
         }
+        Handled::Done
+    }
+
+    fn service(&mut self) -> Service<'_> {
+        Service { vault: &self.vault, caller: &self.caller, tickets: &mut self.tickets }
     }
 
     /// Appends success, or failure and the reason to the log.
-    fn done(&self, message: &str, result: Result<(), Refusal>, out: &mut Vec<u8>) {
-        put_done(out, message, &result, &self.caller);
+    fn done(&self, message: &'static str, result: Result<(), Refusal>, out: &mut Vec<u8>) {
+        put_done(out, message, result, &self.vault, &self.caller);
     }
 
     fn done_later(
@@ -389,10 +453,10 @@ impl Session {
         message: &'static str,
         work: impl Future<Output = Result<(), Refusal>> + Send + 'static,
     ) -> Later {
-        let caller = Arc::clone(&self.caller);
+        let (vault, caller) = (Arc::clone(&self.vault), Arc::clone(&self.caller));
         Box::pin(async move {
-            let mut out = Vec::new();
-            put_done(&mut out, message, &work.await, &caller);
+            let mut out = Zeroizing::new(Vec::new());
+            put_done(&mut out, message, work.await, &vault, &caller);
             out
         })
     }
@@ -437,31 +501,35 @@ fn add(vault: &Vault, caller: &Caller, request: &AddRequest<'_>, provider: Optio
 const NO_PKCS11: fn() -> Refusal =
     || Refusal::Device(DeviceError::unsupported("PKCS#11 providers are not supported by this version"));
 
-fn bare(out: &mut Vec<u8>, number: u8) -> Option<Later> {
+fn bare(out: &mut Vec<u8>, number: u8) -> Handled {
     wire::put_bare(out, number);
-    None
+    Handled::Done
 }
 
-fn put_done(out: &mut Vec<u8>, message: &str, result: &Result<(), Refusal>, caller: &Caller) {
+fn put_done(out: &mut Vec<u8>, message: &'static str, result: Result<(), Refusal>, vault: &Vault, caller: &Caller) {
     match result {
         Ok(()) => wire::put_bare(out, number::SUCCESS),
         Err(refusal) => {
             warn!(pid = caller.pid, uid = caller.uid, "refused {message}: {refusal}");
+            vault.why().record(caller, message, String::new(), refusal);
             wire::put_bare(out, number::FAILURE);
         }
     }
 }
 
 #[inline]
-fn put_signed(out: &mut Vec<u8>, result: &Result<Signature, Refusal>, blob: &[u8], caller: &Caller) {
+fn put_signed(out: &mut Vec<u8>, result: Result<Outcome, Refusal>, blob: &[u8], vault: &Vault, caller: &Caller) {
     match result {
-        Ok(signature) => {
-            wire::put_signature(out, signature);
+        Ok(Outcome::Signature(signature)) => {
+            wire::put_signature(out, &signature);
             debug!(key = fingerprint(blob, FingerprintHash::Sha256), pid = caller.pid, "signed");
         }
+        // A plain sign request has no other outcome.
+        Ok(Outcome::Secret(_)) => wire::put_bare(out, number::FAILURE),
         Err(refusal) => {
             let key = fingerprint(blob, FingerprintHash::Sha256);
             warn!(key, pid = caller.pid, uid = caller.uid, "refused to sign: {refusal}");
+            vault.why().record(caller, "sign", key, refusal);
             wire::put_bare(out, number::FAILURE);
         }
     }
@@ -475,16 +543,17 @@ mod tests {
         prompt::{self, Prompter},
         public_key::PublicKey,
         rfc4251::Put,
-        vault::Settings,
+        vault::{Parts, Settings, store::Store},
     };
     use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
-    use std::time::Duration;
+    use std::{future::pending, time::Duration};
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
     fn connect(buffer: usize) -> DuplexStream {
-        let vault = Vault::new(Settings::default(), Prompter::new(prompt::Settings::default()));
+        let prompter = Prompter::new(prompt::Settings::default());
+        let vault = Vault::new(Settings::default(), Parts::new(prompter, Store::in_memory().unwrap()));
         let (ours, theirs) = tokio::io::duplex(buffer);
-        tokio::spawn(serve(theirs, vault, Arc::new(Door::ssh_agent()), Caller::default()));
+        tokio::spawn(serve(theirs, vault, Arc::new(Door::ssh_agent()), Caller::default(), pending()));
         ours
     }
 

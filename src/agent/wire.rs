@@ -7,7 +7,10 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::constraint::{ConstraintError, RawConstraints, read_constraints};
+use super::{
+    constraint::{ConstraintError, RawConstraints, read_constraints},
+    message::Name,
+};
 use crate::{
     devices::{Hash, Signature, soft::SoftParts},
     public_key::{Blob, KeyError, KeyType, PublicKey},
@@ -168,7 +171,7 @@ pub struct SmartcardRequest<'a> {
 impl<'a> Request<'a> {
     /// Whether messages with this number may overlap with others of one connection.
     pub fn is_key_operation(body: &[u8]) -> bool {
-        body.first() == Some(&number::SIGN_REQUEST)
+        body.first() == Some(&number::SIGN_REQUEST) || our_message(body).is_some_and(Name::is_key_operation)
     }
 
     /// Whether the message brings secrets, whose bytes are wiped when it has been handled.
@@ -176,10 +179,19 @@ impl<'a> Request<'a> {
         use number::{
             ADD_CONSTRAINED, ADD_IDENTITY, ADD_SMARTCARD, ADD_SMARTCARD_CONSTRAINED, LOCK, REMOVE_SMARTCARD, UNLOCK,
         };
-        body.first().is_some_and(|n| {
-            [ADD_IDENTITY, ADD_CONSTRAINED, ADD_SMARTCARD, ADD_SMARTCARD_CONSTRAINED, REMOVE_SMARTCARD, LOCK, UNLOCK]
+        our_message(body).is_some_and(Name::brings_secrets)
+            || body.first().is_some_and(|n| {
+                [
+                    ADD_IDENTITY,
+                    ADD_CONSTRAINED,
+                    ADD_SMARTCARD,
+                    ADD_SMARTCARD_CONSTRAINED,
+                    REMOVE_SMARTCARD,
+                    LOCK,
+                    UNLOCK,
+                ]
                 .contains(n)
-        })
+            })
     }
 
     /// Reads a frame's body. Bytes behind a complete request are ignored, as OpenSSH does, except where constraints
@@ -277,6 +289,14 @@ fn read_private<'a>(
             let parts = SoftParts::MlDsa44Ed25519 { seeds: r.string()?, public: (mldsa, ed25519) };
             (same(public)?, PrivateParts::Soft(parts))
         }
+        (KeyType::Ed25519Expanded, _) => {
+            let (public, secret) = (r.string()?, r.string()?);
+            (PublicKey::Ed25519(public), PrivateParts::Soft(SoftParts::Ed25519Expanded { secret, public }))
+        }
+        (KeyType::X25519, _) => {
+            let (public, secret) = (r.string()?, r.string()?);
+            (PublicKey::X25519(public), PrivateParts::Soft(SoftParts::X25519 { secret, public }))
+        }
         (KeyType::SkEd25519 | KeyType::SkEcdsa, _) => {
             let public = match (key_type, certified) {
                 // The Ed25519 form repeats its point even beside a certificate, and both forms the application.
@@ -336,8 +356,17 @@ pub fn put_signature(out: &mut Vec<u8>, signature: &Signature) {
     put_frame(out, number::SIGN_RESPONSE, |out| patch_length(out, |out| put_signature_blob(out, signature)));
 }
 
+/// The hash that a sign request's flags ask of an RSA key (RFC 9987, section 3.6.1).
+pub fn rsa_hash(flags: u32) -> Hash {
+    match flags {
+        flags if flags & RSA_SHA2_256 != 0 => Hash::Sha256,
+        flags if flags & RSA_SHA2_512 != 0 => Hash::Sha512,
+        _ => Hash::Sha1,
+    }
+}
+
 /// The signature in SSH's own form: its algorithm's name and a string (RFC 4253, 6.6; RFC 5656, 3.1.2; RFC 8332).
-fn put_signature_blob(out: &mut Vec<u8>, signature: &Signature) {
+pub fn put_signature_blob(out: &mut Vec<u8>, signature: &Signature) {
     match signature {
         Signature::Ed25519(bytes) => {
             out.put_string(KeyType::Ed25519.name().as_bytes());
@@ -379,12 +408,12 @@ pub fn identities_answer(identities: &[Arc<Identity>], left_out: impl FnOnce(usi
     let mut out = vec![0; HEAD];
     let mut count = 0;
     for identity in identities.iter().take(MAX_LISTED) {
-        let more = 8 + identity.blob.len() + identity.comment.len();
+        let more = 8 + identity.blob.len() + identity.comment().len();
         if out.len() + more > super::frame::MAX_FRAME {
             break;
         }
         out.put_string(&identity.blob);
-        out.put_string(&identity.comment);
+        out.put_string(identity.comment());
         count += 1;
     }
     if count < identities.len() {
@@ -395,6 +424,15 @@ pub fn identities_answer(identities: &[Arc<Identity>], left_out: impl FnOnce(usi
     out[4] = number::IDENTITIES_ANSWER;
     out[5..HEAD].copy_from_slice(&u32::try_from(count).unwrap_or(u32::MAX).to_be_bytes());
     out
+}
+
+/// Which of our messages a frame's body holds.
+fn our_message(body: &[u8]) -> Option<Name> {
+    let mut r = Reader::new(body);
+    if r.u8().ok()? != number::EXTENSION {
+        return None;
+    }
+    Name::from_bytes(r.string().ok()?)
 }
 
 /// Appends the answer to `query` (RFC 9987, section 3.8.1): its own name, then the names without a length in front.

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use clap::{Args, ValueHint};
 
 use super::CliError;
-use crate::{config::Config, daemon};
+use crate::{
+    config::{Config, Origin},
+    daemon,
+};
 
 /// Serve ssh and other programs in the foreground, until SIGTERM or SIGINT
 ///
@@ -20,11 +23,14 @@ pub(super) struct Agent {
     /// Listen at PATH only, as an ssh door, in place of all configured sockets; may be given more than once
     #[arg(long = "socket", value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub(super) sockets: Vec<PathBuf>,
+    /// Keep in DIR what must survive a restart, instead of in $XDG_STATE_HOME/strongroom
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(super) state: Option<PathBuf>,
 }
 
 impl Agent {
     pub(super) fn run(self) -> Result<(), CliError> {
-        let config = Config::load(self.config.as_deref(), &self.sockets)?;
+        let config = Config::load(Origin { file: self.config, sockets: self.sockets, state: self.state })?;
         Ok(daemon::run_agent(config)?)
     }
 }

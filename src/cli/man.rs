@@ -73,6 +73,9 @@ The ssh door: what SSH_AUTH_SOCK names.
 .TP
 .I $XDG_RUNTIME_DIR/strongroom/service
 The service door, for daemons. Never export it as SSH_AUTH_SOCK.
+.TP
+.I $XDG_STATE_HOME/strongroom/state.redb
+What must survive a restart: the devices, their public keys, and marks of the PINs that were refused. No private key.
 .PP
 Without XDG_RUNTIME_DIR the sockets are in
 .IR /run/strongroom .

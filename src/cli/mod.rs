@@ -3,6 +3,7 @@
 
 mod agent;
 mod completions;
+mod device_host;
 mod drop_in;
 mod man;
 
@@ -16,7 +17,7 @@ use std::{
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use thiserror::Error;
 
-use crate::{config::ConfigError, daemon::DaemonError};
+use crate::{config::ConfigError, daemon::DaemonError, devices::host::child::ChildError};
 
 /// A signing vault that speaks the ssh-agent protocol
 ///
@@ -37,6 +38,7 @@ enum Command {
     Agent(agent::Agent),
     Man(man::Man),
     Completions(completions::Completions),
+    DeviceHost(device_host::DeviceHost),
 }
 
 /// What a subcommand could not do. The message says what happened; the remedy is the line below it.
@@ -46,6 +48,8 @@ enum CliError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Daemon(#[from] DaemonError),
+    #[error(transparent)]
+    DeviceHost(#[from] ChildError),
     #[error("{path}: {source}", path = path.display())]
     File { path: PathBuf, source: io::Error },
     #[error("standard output: {0}")]
@@ -58,6 +62,7 @@ impl CliError {
         match self {
             Self::Config(error) => Some(error.remedy()),
             Self::Daemon(_) => None,
+            Self::DeviceHost(_) => Some("Only the daemon starts this; look into its log."),
             Self::File { .. } => Some("Name a directory that you may write to."),
             Self::Output(_) => Some("Send the output to a file or a program that takes it."),
         }
@@ -88,6 +93,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Agent(agent) => agent.run(),
         Command::Man(man) => man.run(),
         Command::Completions(completions) => completions.run(),
+        Command::DeviceHost(host) => host.run(),
     }
 }
 
@@ -118,15 +124,17 @@ mod tests {
         assert!(help.contains("  ssh-agent "), "{help}");
         assert!(!help.contains("completions"), "{help}");
         assert!(!help.contains("  man "), "{help}");
+        assert!(!help.contains("device-host"), "{help}");
     }
 
     #[test]
     fn agent_takes_a_file_and_several_sockets() {
-        let args = ["strongroom", "agent", "--config", "c.toml", "--socket", "/a", "--socket", "/b"];
+        let args = ["strongroom", "agent", "--config", "c.toml", "--socket", "/a", "--socket", "/b", "--state", "s"];
         let cli = Cli::from_arg_matches(&command().try_get_matches_from(args).unwrap()).unwrap();
         let Command::Agent(agent) = cli.command else { panic!("another subcommand") };
         assert_eq!(agent.config.unwrap().to_str(), Some("c.toml"));
         assert_eq!(agent.sockets, ["/a", "/b"].map(PathBuf::from));
+        assert_eq!(agent.state.unwrap().to_str(), Some("s"));
     }
 
     #[test]

@@ -26,49 +26,64 @@ struct Queue {
 
 /// The pool. Its threads start with its first job and live as long as the process.
 pub struct Compute {
-    threads: usize,
+    /// None of its own: work is done where it is asked for.
+    threads: Option<usize>,
     queue: OnceLock<Arc<Queue>>,
 }
 
 impl Compute {
     /// A pool of one thread for each core.
     pub fn new() -> Self {
-        Self { threads: thread::available_parallelism().map_or(1, usize::from), queue: OnceLock::new() }
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        Self { threads: Some(cores), queue: OnceLock::new() }
     }
 
-    /// Runs `work` on the pool, in turn with that of other owners. When the caller gives up, work that has not begun is dropped, and the result of work
-    /// that has is.
+    /// A pool without threads: whoever asks for work does it. For simulations, in which nothing may happen at once.
+    pub fn inline() -> Self {
+        Self { threads: None, queue: OnceLock::new() }
+    }
+
+    /// Runs `work` on the pool, in turn with that of other owners. When the caller gives up, work that has not begun is
+    /// dropped, and the result of work that has is.
     pub async fn run<T: Send + 'static>(
         &self,
         owner: u64,
         work: impl FnOnce() -> Result<T, DeviceError> + Send + 'static,
     ) -> Result<T, DeviceError> {
+        let Some(threads) = self.threads else { return work() };
         let (sender, receiver) = oneshot::channel();
         let job = move || {
             if !sender.is_closed() {
                 let _ = sender.send(work());
             }
         };
-        self.push(owner, Box::new(job));
+        let queue = self.queue.get_or_init(|| start(threads));
+        queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).push(owner, Box::new(job));
+        queue.ready.notify_one();
         receiver.await.unwrap_or_else(|_| Err(DeviceError::Failed("the computation died".into())))
     }
 
-    fn push(&self, owner: u64, job: Job) {
-        let queue = self.queue.get_or_init(|| self.start());
-        queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).push(owner, job);
-        queue.ready.notify_one();
-    }
-
-    fn start(&self) -> Arc<Queue> {
-        let queue = Arc::new(Queue::default());
-        for n in 0..self.threads {
-            let queue = Arc::clone(&queue);
-            if let Err(e) = thread::Builder::new().name(format!("compute-{n}")).spawn(move || serve(&queue)) {
-                error!("cannot start a compute thread: {e}");
-            }
+    /// Runs `work` on a thread of its own, which no other work can keep waiting and which ends by itself even when nobody
+    /// waits for it any more. `None` when it died, or could not start.
+    pub async fn apart<T: Send + 'static>(&self, name: &str, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        if self.threads.is_none() {
+            return Some(work());
         }
-        queue
+        let (sender, receiver) = oneshot::channel();
+        thread::Builder::new().name(name.to_owned()).spawn(move || drop(sender.send(work()))).ok()?;
+        receiver.await.ok()
     }
+}
+
+fn start(threads: usize) -> Arc<Queue> {
+    let queue = Arc::new(Queue::default());
+    for n in 0..threads {
+        let queue = Arc::clone(&queue);
+        if let Err(e) = thread::Builder::new().name(format!("compute-{n}")).spawn(move || serve(&queue)) {
+            error!("cannot start a compute thread: {e}");
+        }
+    }
+    queue
 }
 
 impl Default for Compute {

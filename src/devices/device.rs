@@ -237,6 +237,11 @@ impl Device {
         self.0.state.subscribe()
     }
 
+    /// How many calls its driver makes at once; 0 while there is none.
+    pub fn lanes(&self) -> usize {
+        self.0.lanes.load(Ordering::Relaxed)
+    }
+
     /// Calls that wait for a lane, and calls inside the driver.
     pub fn load(&self) -> (usize, usize) {
         (self.0.queue().turns.len(), self.0.active.load(Ordering::Relaxed))

@@ -7,12 +7,15 @@
 pub mod call;
 pub mod compute;
 pub mod device;
+pub mod host;
 pub mod in_process;
 pub mod operation;
+#[cfg(feature = "scripted")]
+pub mod scripted;
 pub mod sk;
 pub mod soft;
 pub mod turns;
-mod verify;
+pub mod verify;
 mod worker;
 
 use std::{borrow::Cow, fmt, future::Future, sync::Arc};

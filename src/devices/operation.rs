@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use aws_lc_rs::digest::{self, Digest};
 use zeroize::Zeroizing;
 
 use crate::public_key::{Curve, KeyType, MLDSA44_SIGNATURE};
@@ -32,6 +33,24 @@ impl Hash {
             Self::Sha256 => 32,
             Self::Sha384 => 48,
             Self::Sha512 => 64,
+        }
+    }
+
+    /// The hash that RFC 5656, section 6.2.1, gives a curve.
+    pub fn of_curve(curve: Curve) -> Self {
+        match curve {
+            Curve::P256 => Self::Sha256,
+            Curve::P384 => Self::Sha384,
+            Curve::P521 => Self::Sha512,
+        }
+    }
+
+    fn algorithm(self) -> &'static digest::Algorithm {
+        match self {
+            Self::Sha1 => &digest::SHA1_FOR_LEGACY_USE_ONLY,
+            Self::Sha256 => &digest::SHA256,
+            Self::Sha384 => &digest::SHA384,
+            Self::Sha512 => &digest::SHA512,
         }
     }
 }
@@ -95,6 +114,32 @@ impl Input<'_> {
         }
     }
 
+    /// The digest: made with `hash`, or given. `None` when the given one is not as long as the hash makes them.
+    pub fn digest(&self, hash: Hash) -> Option<Digest> {
+        match self {
+            Self::Message(message) => Some(digest::digest(hash.algorithm(), message)),
+            Self::Digest(digest) => Digest::import_less_safe(digest, hash.algorithm()).ok(),
+        }
+    }
+
+    /// The digest in the form that ECDSA on `curve` reads it, under the name of the curve's own hash: one of another
+    /// length is cut, or padded with zeros on the left, which leaves the integer that it stands for (FIPS 186-5, 6.4.1).
+    pub fn ecdsa_digest(&self, hash: Hash, curve: Curve) -> Option<Digest> {
+        let digest = self.digest(hash)?;
+        let len = Hash::of_curve(curve).digest_len();
+        let mut fitted = vec![0; len.saturating_sub(hash.digest_len())];
+        fitted.extend(digest.as_ref().iter().take(len));
+        Digest::import_less_safe(&fitted, Hash::of_curve(curve).algorithm()).ok()
+    }
+
+    /// The message, unless only its digest was given.
+    pub fn message(&self) -> Option<&[u8]> {
+        match self {
+            Self::Message(message) => Some(message),
+            Self::Digest(_) => None,
+        }
+    }
+
     /// The same, owned.
     pub fn into_owned(self) -> Input<'static> {
         match self {
@@ -143,6 +188,24 @@ impl Operation<'_> {
                 ciphertext: Cow::Owned(ciphertext.into_owned()),
             },
             Self::Derive { scheme, peer } => Operation::Derive { scheme, peer: Cow::Owned(peer.into_owned()) },
+        }
+    }
+
+    /// The same, borrowed.
+    pub fn borrowed(&self) -> Operation<'_> {
+        match self {
+            Self::Sign { scheme, input: Input::Message(bytes) } => {
+                Operation::Sign { scheme: *scheme, input: Input::Message(Cow::Borrowed(bytes)) }
+            }
+            Self::Sign { scheme, input: Input::Digest(bytes) } => {
+                Operation::Sign { scheme: *scheme, input: Input::Digest(Cow::Borrowed(bytes)) }
+            }
+            Self::Decrypt { scheme, label, ciphertext } => Operation::Decrypt {
+                scheme: *scheme,
+                label: Cow::Borrowed(label),
+                ciphertext: Cow::Borrowed(ciphertext),
+            },
+            Self::Derive { scheme, peer } => Operation::Derive { scheme: *scheme, peer: Cow::Borrowed(peer) },
         }
     }
 
@@ -205,7 +268,9 @@ impl Signature {
     /// The signature that a device wrote as `bytes`; `None` when its length is not one of the scheme with such a key.
     pub fn from_bytes(scheme: Scheme, key_type: KeyType, bytes: Vec<u8>) -> Option<Self> {
         match (scheme, key_type) {
-            (Scheme::Ed25519, KeyType::Ed25519) => Some(Self::Ed25519(bytes.try_into().ok()?)),
+            (Scheme::Ed25519, KeyType::Ed25519 | KeyType::Ed25519Expanded) => {
+                Some(Self::Ed25519(bytes.try_into().ok()?))
+            }
             (Scheme::Ecdsa(_), KeyType::Ecdsa(curve)) if bytes.len() == 2 * curve.scalar_len() => {
                 Some(Self::Ecdsa(curve, bytes))
             }
@@ -221,7 +286,9 @@ impl Signature {
             (Scheme::MlDsa44Ed25519, KeyType::MlDsa44Ed25519) if bytes.len() == MLDSA44_SIGNATURE + 64 => {
                 Some(Self::MlDsa44Ed25519(bytes))
             }
-            (Scheme::Ed25519BlindedTor, KeyType::Ed25519) if bytes.len() == 96 => Some(Self::Plain(bytes)),
+            (Scheme::Ed25519BlindedTor, KeyType::Ed25519 | KeyType::Ed25519Expanded) if bytes.len() == 96 => {
+                Some(Self::Plain(bytes))
+            }
             (Scheme::Sk, KeyType::SkEd25519 | KeyType::SkEcdsa) => Some(Self::Sk(bytes)),
             _ => None,
         }

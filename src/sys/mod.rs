@@ -7,3 +7,4 @@ pub mod peer;
 pub mod process;
 pub mod rsa;
 pub mod socket_file;
+pub mod spawn;

@@ -6,15 +6,16 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_getfd, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{
-    DumpableBehavior, Pid, PidfdFlags, Resource, Rlimit, getgid, getppid, pidfd_open, set_dumpable_behavior, setrlimit,
+    DumpableBehavior, Pid, PidfdFlags, Resource, Rlimit, Signal, getgid, getppid, pidfd_open, set_dumpable_behavior,
+    set_parent_process_death_signal, setrlimit,
 };
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
-use rustix::thread::set_thread_res_gid;
+use rustix::thread::{set_no_new_privs, set_thread_res_gid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -33,6 +34,24 @@ pub fn harden() -> io::Result<()> {
 /// No core file, not even through a handler that ignores `PR_SET_DUMPABLE`. Children inherit it.
 pub fn deny_core_files() -> io::Result<()> {
     Ok(setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?)
+}
+
+/// For a process that runs foreign code: [`harden`], no core file, no program with more rights than this one, and the end
+/// when the parent's thread that started this process ends.
+///
+/// For the start of `main`. A parent that is gone already sends no signal: its end of a socket says so.
+pub fn confine() -> io::Result<()> {
+    harden()?;
+    deny_core_files()?;
+    set_no_new_privs(true)?;
+    // Last: a change of groups clears it.
+    Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
+}
+
+/// Ends this process at once, whatever its threads do: no handler of a foreign library runs, no buffer is flushed.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: takes a number and does not return.
+    unsafe { libc::_exit(code) }
 }
 
 /// Closes every descriptor that the caller of this program left open, except standard input, output and error.
@@ -55,6 +74,16 @@ pub fn inherited_listener() -> io::Result<UnixListener> {
     let fd = unsafe { OwnedFd::from_raw_fd(FIRST_PASSED) };
     fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
     listener(fd)
+}
+
+/// Takes over the connected socket that is standard input, where `/dev/null` takes its place.
+pub fn stream_from_stdin() -> io::Result<UnixStream> {
+    let fd = fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    if sockopt::socket_domain(&fd)? != AddressFamily::UNIX || sockopt::socket_type(&fd)? != SocketType::STREAM {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "standard input is not a Unix stream socket"));
+    }
+    dup2_stdin(File::open("/dev/null")?)?;
+    Ok(UnixStream::from(fd))
 }
 
 /// Takes over the listening socket that is standard input, where `/dev/null` takes its place.

@@ -1,5 +1,5 @@
-//! RSA private keys on aws-lc's C interface. aws-lc-rs covers neither SHA-1 signatures nor keys below 2048 bits, and
-//! takes no key in the six integers that SSH sends; ssh needs all three.
+//! RSA on aws-lc's C interface. aws-lc-rs covers neither SHA-1 signatures, nor signatures without a DigestInfo, nor keys
+//! below 2048 or above 8192 bits, and takes no key in the six integers that SSH sends; we need them all.
 #![allow(unsafe_code)]
 
 use std::{fmt, ptr, ptr::NonNull, slice};
@@ -25,21 +25,131 @@ pub struct RsaIntegers<'a> {
     pub q: &'a [u8],
 }
 
-/// An RSA private key, parsed and checked. Its memory is wiped by aws-lc when it is dropped.
-pub struct RsaKey(NonNull<lc::RSA>);
+/// The object of either half of a key. aws-lc wipes its memory when it is dropped.
+struct Rsa(NonNull<lc::RSA>);
 
-// SAFETY: an RSA object has no thread affinity, and aws-lc documents that private-key operations on one object may run
-// on several threads at once (its blinding and Montgomery caches are locked inside). We never mutate it after creation.
-unsafe impl Send for RsaKey {}
+// SAFETY: an RSA object has no thread affinity, and aws-lc documents that operations on one object may run on several
+// threads at once (its blinding and Montgomery caches are locked inside). We never mutate it after creation.
+unsafe impl Send for Rsa {}
 // SAFETY: as above.
-unsafe impl Sync for RsaKey {}
+unsafe impl Sync for Rsa {}
 
-impl Drop for RsaKey {
+impl Drop for Rsa {
     fn drop(&mut self) {
         // SAFETY: the pointer came from aws-lc, is owned by us alone and is not used again.
         unsafe { lc::RSA_free(self.0.as_ptr()) }
     }
 }
+
+impl Rsa {
+    fn as_ptr(&self) -> *mut lc::RSA {
+        self.0.as_ptr()
+    }
+
+    /// The modulus's length in bytes, which is that of every signature and ciphertext.
+    fn size(&self) -> usize {
+        // SAFETY: the key is live.
+        unsafe { lc::RSA_size(self.as_ptr()) as usize }
+    }
+}
+
+fn nid(hash: Hash) -> i32 {
+    match hash {
+        Hash::Sha1 => lc::NID_sha1,
+        Hash::Sha256 => lc::NID_sha256,
+        Hash::Sha384 => lc::NID_sha384,
+        Hash::Sha512 => lc::NID_sha512,
+    }
+}
+
+fn md(hash: Hash) -> *const lc::EVP_MD {
+    // SAFETY: no preconditions; each returns a pointer to a static object.
+    unsafe {
+        match hash {
+            Hash::Sha1 => lc::EVP_sha1(),
+            Hash::Sha256 => lc::EVP_sha256(),
+            Hash::Sha384 => lc::EVP_sha384(),
+            Hash::Sha512 => lc::EVP_sha512(),
+        }
+    }
+}
+
+/// For PSS: a salt as long as the digest.
+const SALT_IS_DIGEST_LEN: i32 = -1;
+
+/// An RSA public key.
+pub struct RsaPublicKey(Rsa);
+
+impl RsaPublicKey {
+    /// A key from the magnitudes of its modulus and exponent; `None` when aws-lc takes no such key.
+    pub fn new(n: &[u8], e: &[u8]) -> Option<Self> {
+        let (n, e) = (Bn::from_bytes(n)?, Bn::from_bytes(e)?);
+        // SAFETY: both are live big numbers, which aws-lc copies.
+        NonNull::new(unsafe { lc::RSA_new_public_key(n.0.as_ptr(), e.0.as_ptr()) }).map(|key| Self(Rsa(key)))
+    }
+
+    /// Whether this is an RSASSA-PKCS1-v1_5 signature over a digest of `hash`'s length (RFC 8017, 8.2).
+    pub fn verify_pkcs1v15(&self, hash: Hash, digest: &[u8], signature: &[u8]) -> bool {
+        // SAFETY: both slices are described by pointer and length; the key is live and not changed.
+        let good = unsafe {
+            lc::RSA_verify(
+                nid(hash),
+                digest.as_ptr(),
+                digest.len(),
+                signature.as_ptr(),
+                signature.len(),
+                self.0.as_ptr(),
+            )
+        };
+        good == 1
+    }
+
+    /// Whether this is EMSA-PKCS1-v1_5's padding around `data` itself, with no DigestInfo, signed.
+    pub fn verify_pkcs1v15_raw(&self, data: &[u8], signature: &[u8]) -> bool {
+        let mut found = vec![0; self.0.size()];
+        let mut len = 0;
+        // SAFETY: `found` has RSA_size bytes as aws-lc requires, `signature` is described by pointer and length, and the
+        // key is live and not changed.
+        let good = unsafe {
+            lc::RSA_verify_raw(
+                self.0.as_ptr(),
+                &raw mut len,
+                found.as_mut_ptr(),
+                found.len(),
+                signature.as_ptr(),
+                signature.len(),
+                lc::RSA_PKCS1_PADDING,
+            )
+        };
+        good == 1 && found.get(..len) == Some(data)
+    }
+
+    /// Whether this is an RSASSA-PSS signature over a digest of `hash`'s length, with MGF1 of the same hash and a salt as
+    /// long as the digest (RFC 8017, 8.1).
+    pub fn verify_pss(&self, hash: Hash, digest: &[u8], signature: &[u8]) -> bool {
+        if digest.len() != hash.digest_len() {
+            return false;
+        }
+        // SAFETY: `digest` is as long as the hash makes them, which aws-lc requires; `signature` is described by pointer
+        // and length; the key is live and not changed.
+        let good = unsafe {
+            lc::RSA_verify_pss_mgf1(
+                self.0.as_ptr(),
+                digest.as_ptr(),
+                digest.len(),
+                md(hash),
+                md(hash),
+                SALT_IS_DIGEST_LEN,
+                signature.as_ptr(),
+                signature.len(),
+            )
+        };
+        good == 1
+    }
+}
+
+/// An RSA private key, parsed and checked.
+pub struct RsaKey(Rsa);
 
 impl fmt::Debug for RsaKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -108,14 +218,14 @@ impl RsaKey {
                 iqmp.0.as_ptr(),
             )
         })?;
-        Self(rsa).checked()
+        Self(Rsa(rsa)).checked()
     }
 
     /// Reads what [`RsaKey::to_der`] wrote: an RSAPrivateKey of RFC 8017, A.1.2.
     pub fn from_der(der: &[u8]) -> Option<Self> {
         // SAFETY: pointer and length describe `der`.
         let rsa = NonNull::new(unsafe { lc::RSA_private_key_from_bytes(der.as_ptr(), der.len()) })?;
-        Self(rsa).checked()
+        Self(Rsa(rsa)).checked()
     }
 
     fn checked(self) -> Option<Self> {
@@ -143,25 +253,155 @@ impl RsaKey {
         }
     }
 
+    /// The modulus's length in bytes, which is that of every signature and ciphertext.
+    pub fn size(&self) -> usize {
+        self.0.size()
+    }
+
     /// RSASSA-PKCS1-v1_5 over a digest of `hash`'s length (RFC 8017, 8.2).
     pub fn sign_digest(&self, hash: Hash, digest: &[u8]) -> Option<Vec<u8>> {
-        let nid = match hash {
-            Hash::Sha1 => lc::NID_sha1,
-            Hash::Sha256 => lc::NID_sha256,
-            Hash::Sha384 => lc::NID_sha384,
-            Hash::Sha512 => lc::NID_sha512,
-        };
-        // SAFETY: the key is live.
-        let mut out = vec![0; unsafe { lc::RSA_size(self.0.as_ptr()) } as usize];
+        let mut out = vec![0; self.size()];
         let mut len = 0;
         // SAFETY: `digest` is described by pointer and length, `out` has RSA_size bytes as aws-lc requires, and the
         // key is not changed by signing although the C signature takes it as mutable.
         let done = unsafe {
-            lc::RSA_sign(nid, digest.as_ptr(), digest.len(), out.as_mut_ptr(), &raw mut len, self.0.as_ptr())
+            lc::RSA_sign(nid(hash), digest.as_ptr(), digest.len(), out.as_mut_ptr(), &raw mut len, self.0.as_ptr())
+        };
+        (done == 1 && len as usize == out.len()).then_some(out)
+    }
+
+    /// EMSA-PKCS1-v1_5's padding around `data` itself, with no DigestInfo, signed. `None` when `data` is less than 11
+    /// bytes shorter than the modulus.
+    pub fn sign_raw(&self, data: &[u8]) -> Option<Vec<u8>> {
+        let mut out = vec![0; self.size()];
+        let mut len = 0;
+        // SAFETY: as in `sign_digest`.
+        let done = unsafe {
+            lc::RSA_sign_raw(
+                self.0.as_ptr(),
+                &raw mut len,
+                out.as_mut_ptr(),
+                out.len(),
+                data.as_ptr(),
+                data.len(),
+                lc::RSA_PKCS1_PADDING,
+            )
+        };
+        (done == 1 && len == out.len()).then_some(out)
+    }
+
+    /// RSASSA-PSS over a digest of `hash`'s length, with MGF1 of the same hash and a salt as long as the digest
+    /// (RFC 8017, 8.1). `None` when the modulus is too short for them.
+    pub fn sign_pss(&self, hash: Hash, digest: &[u8]) -> Option<Vec<u8>> {
+        if digest.len() != hash.digest_len() {
+            return None;
+        }
+        let mut out = vec![0; self.size()];
+        let mut len = 0;
+        // SAFETY: `digest` is as long as the hash makes them; for the rest as in `sign_digest`.
+        let done = unsafe {
+            lc::RSA_sign_pss_mgf1(
+                self.0.as_ptr(),
+                &raw mut len,
+                out.as_mut_ptr(),
+                out.len(),
+                digest.as_ptr(),
+                digest.len(),
+                md(hash),
+                md(hash),
+                SALT_IS_DIGEST_LEN,
+            )
+        };
+        (done == 1 && len == out.len()).then_some(out)
+    }
+
+    /// RSADP (RFC 8017, 5.1.2): what was encrypted, with its padding, as long as the modulus. `None` when the ciphertext
+    /// is of another length, no number below the modulus, or one that is its own plaintext (0, 1 and the modulus less 1).
+    pub fn decrypt_raw(&self, ciphertext: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+        let mut out = Zeroizing::new(vec![0; self.size()]);
+        let mut len = 0;
+        // SAFETY: `ciphertext` is described by pointer and length, `out` has RSA_size bytes as aws-lc requires, and the
+        // key is not changed.
+        let done = unsafe {
+            lc::RSA_decrypt(
+                self.0.as_ptr(),
+                &raw mut len,
+                out.as_mut_ptr(),
+                out.len(),
+                ciphertext.as_ptr(),
+                ciphertext.len(),
+                lc::RSA_NO_PADDING,
+            )
+        };
+        (done == 1 && len == out.len()).then_some(out)
+    }
+
+    /// RSAES-OAEP with MGF1 of the same hash (RFC 8017, 7.1.2). `None` when the ciphertext was not made for this key, hash
+    /// and label.
+    pub fn decrypt_oaep(&self, hash: Hash, label: &[u8], ciphertext: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+        let mut out = Zeroizing::new(vec![0; self.size()]);
+        let mut len = out.len();
+        let context = DecryptContext::new(&self.0)?;
+        // SAFETY: the context is live. The label is a copy in aws-lc's memory, which the context owns once it has taken
+        // it and which we free when it has not. `ciphertext` is described by pointer and length, and `out` has the
+        // RSA_size bytes that are the longest result.
+        let done = unsafe {
+            let set = lc::EVP_PKEY_CTX_set_rsa_padding(context.0.as_ptr(), lc::RSA_PKCS1_OAEP_PADDING) == 1
+                && lc::EVP_PKEY_CTX_set_rsa_oaep_md(context.0.as_ptr(), md(hash)) == 1;
+            if !set {
+                return None;
+            }
+            if !label.is_empty() {
+                let copy = NonNull::new(lc::OPENSSL_memdup(label.as_ptr().cast(), label.len()))?;
+                if lc::EVP_PKEY_CTX_set0_rsa_oaep_label(context.0.as_ptr(), copy.as_ptr().cast(), label.len()) != 1 {
+                    lc::OPENSSL_free(copy.as_ptr());
+                    return None;
+                }
+            }
+            lc::EVP_PKEY_decrypt(
+                context.0.as_ptr(),
+                out.as_mut_ptr(),
+                &raw mut len,
+                ciphertext.as_ptr(),
+                ciphertext.len(),
+            )
         };
         (done == 1).then(|| {
-            out.truncate(len as usize);
+            out.truncate(len);
             out
         })
+    }
+
+    /// The private exponent, as long as the modulus.
+    pub fn private_exponent(&self) -> Option<Zeroizing<Vec<u8>>> {
+        let mut out = Zeroizing::new(vec![0; self.size()]);
+        // SAFETY: the exponent belongs to the live key, and every key that was checked has one; `out` is described by
+        // pointer and length.
+        let done = unsafe { lc::BN_bn2bin_padded(out.as_mut_ptr(), out.len(), lc::RSA_get0_d(self.0.as_ptr())) };
+        (done == 1).then_some(out)
+    }
+}
+
+/// What aws-lc wants for a decryption with parameters.
+struct DecryptContext(NonNull<lc::EVP_PKEY_CTX>);
+
+impl DecryptContext {
+    fn new(key: &Rsa) -> Option<Self> {
+        // SAFETY: the key is live, and both objects that refer to it hold references of their own, which are given back:
+        // the first here, the second by `drop`.
+        unsafe {
+            let holder = NonNull::new(lc::EVP_PKEY_new())?;
+            let set = lc::EVP_PKEY_set1_RSA(holder.as_ptr(), key.as_ptr()) == 1;
+            let context = NonNull::new(lc::EVP_PKEY_CTX_new(holder.as_ptr(), ptr::null_mut())).map(Self);
+            lc::EVP_PKEY_free(holder.as_ptr());
+            context.filter(|context| set && lc::EVP_PKEY_decrypt_init(context.0.as_ptr()) == 1)
+        }
+    }
+}
+
+impl Drop for DecryptContext {
+    fn drop(&mut self) {
+        // SAFETY: owned by us alone and not used again.
+        unsafe { lc::EVP_PKEY_CTX_free(self.0.as_ptr()) }
     }
 }

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use crate::{
-    devices::{sk::SkKey, soft::SoftKey},
+    devices::{Device, FoundKey, Operation, sk::SkKey, soft::SoftKey},
     public_key::{FingerprintHash, KeyType, fingerprint},
 };
 
@@ -14,32 +14,102 @@ pub enum PrivateKey {
     Soft(Arc<SoftKey>),
     /// In a FIDO authenticator, reached through `ssh-sk-helper`.
     Sk(Arc<SkKey>),
+    /// On a device, which may be away.
+    OnDevice(Device, Arc<FoundKey>),
 }
 
-/// What ssh is offered: a key, or a key with a certificate.
-#[derive(Debug)]
-pub struct Identity {
-    /// The blob that names the identity: the plain key's, or the whole certificate.
-    pub blob: Box<[u8]>,
-    /// The key's type.
-    pub key_type: KeyType,
+impl PrivateKey {
+    /// The device's name; `None` for a key that came by `ssh-add` and is in memory, or in an authenticator by its handle.
+    pub fn device(&self) -> Option<&str> {
+        match self {
+            Self::OnDevice(device, _) => Some(device.name()),
+            Self::Soft(_) | Self::Sk(_) => None,
+        }
+    }
+}
+
+/// One private half of an identity, and under what conditions it came.
+#[derive(Clone, Debug)]
+pub struct Place {
     /// The private half.
     pub key: PrivateKey,
     /// Free bytes for people; not necessarily UTF-8, never with a NUL.
     pub comment: Box<[u8]>,
     /// Under what conditions the key may be used.
     pub constraints: Constraints,
+    /// What it may be used for beyond plain signatures.
+    pub grants: Grants,
+}
+
+/// What a key does beyond the plain signatures of RFC 9987, section 3.6.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Grants {
+    /// Signatures by a named scheme.
+    pub sign: bool,
+    /// Decryption.
+    pub decrypt: bool,
+    /// Agreement on secrets.
+    pub derive: bool,
+}
+
+impl Grants {
+    /// Nothing.
+    pub const NONE: Self = Self { sign: false, decrypt: false, derive: false };
+    /// Everything that the key can do.
+    pub const ALL: Self = Self { sign: true, decrypt: true, derive: true };
+
+    /// What this operation needs.
+    pub fn for_operation(operation: &Operation<'_>) -> Self {
+        match operation {
+            Operation::Sign { .. } => Self { sign: true, ..Self::NONE },
+            Operation::Decrypt { .. } => Self { decrypt: true, ..Self::NONE },
+            Operation::Derive { .. } => Self { derive: true, ..Self::NONE },
+        }
+    }
+
+    /// Whether all of `needed` is granted.
+    pub fn include(self, needed: Self) -> bool {
+        (self.sign || !needed.sign) && (self.decrypt || !needed.decrypt) && (self.derive || !needed.derive)
+    }
+}
+
+/// What ssh is offered: a key, or a key with a certificate. The same one in two places is one identity, under the
+/// constraints of both.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The blob that names the identity: the plain key's, or the whole certificate.
+    pub blob: Box<[u8]>,
+    /// The key's type.
+    pub key_type: KeyType,
+    /// Where its private half is, at least once. The first place that is available signs.
+    pub places: Vec<Place>,
 }
 
 impl Identity {
     /// Whether nothing has to be decided or asked before it signs. A lifetime is no such condition.
     pub fn is_unconstrained(&self) -> bool {
-        !self.constraints.confirm && self.constraints.destinations.is_empty() && !self.key_type.is_sk()
+        let free = |place: &Place| !place.constraints.confirm && place.constraints.destinations.is_empty();
+        !self.key_type.is_sk() && self.places.iter().all(free)
+    }
+
+    /// Whether a person confirms each use.
+    pub fn is_confirmed(&self) -> bool {
+        self.places.iter().any(|place| place.constraints.confirm)
+    }
+
+    /// The sets of destinations that it is restricted to: every one of them must permit a use.
+    pub fn restrictions(&self) -> impl Iterator<Item = &[Destination]> {
+        self.places.iter().map(|place| &*place.constraints.destinations).filter(|set| !set.is_empty())
+    }
+
+    /// What it is called by people.
+    pub fn comment(&self) -> &[u8] {
+        self.places.first().map_or(&[], |place| &place.comment)
     }
 
     /// What a log line calls it: type, fingerprint and comment.
     pub fn name(&self) -> String {
-        let comment = crate::prompt::harmless(&String::from_utf8_lossy(&self.comment));
+        let comment = crate::prompt::harmless(&String::from_utf8_lossy(self.comment()));
         format!("{} {} ({comment})", self.key_type.label(), self.fingerprint(FingerprintHash::Sha256))
     }
 

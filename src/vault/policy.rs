@@ -4,12 +4,12 @@ use thiserror::Error;
 
 use super::{
     destination::{self, Route, Use},
-    key::{Caller, Identity},
+    key::{Caller, Destination, Grants, Identity},
     pattern,
     purpose::Purpose,
 };
 use crate::{
-    devices::DeviceError,
+    devices::{Device, DeviceError, Input, Operation, Status},
     prompt,
     public_key::{FingerprintHash, PublicKey, fingerprint},
 };
@@ -20,6 +20,9 @@ pub enum Refusal {
     /// The vault is locked by `ssh-add -x`: unlock it and ask again.
     #[error("the vault is locked; `ssh-add -X` unlocks it")]
     Locked,
+    /// The daemon is about to end: ask again when it has been started anew.
+    #[error("the vault is shutting down")]
+    Ending,
     /// Unlocking what is not locked.
     #[error("the vault is not locked")]
     NotLocked,
@@ -32,6 +35,9 @@ pub enum Refusal {
     /// No such identity, or none that this connection may know of.
     #[error("there is no such key here; `ssh-add -l` lists what there is")]
     NoSuchKey,
+    /// No device of that name, or none that this connection may know of.
+    #[error("there is no such device here; `strongroom status` lists what there is")]
+    NoSuchDevice,
     /// Destination constraints are against it.
     #[error("the key's constraints do not allow this: {0}")]
     NotPermitted(&'static str),
@@ -56,6 +62,24 @@ pub enum Refusal {
     /// A constraint that does not go with this kind of key: add the key without it.
     #[error("the constraint `{0}` does not go with this kind of key")]
     Constraint(&'static str),
+    /// The key is on a configured device, and can only be removed with it.
+    #[error("the key is on the device `{0}`; take the device out of the configuration to remove it")]
+    OnDevice(String),
+    /// The key signs for ssh only: nobody has allowed it more.
+    #[error("the key may be used for plain ssh signatures only")]
+    NotGranted,
+    /// One PIN try is left, and nobody typed the PIN: unlock the device by hand.
+    #[error("one PIN try is left on `{0}`, and it is not spent unasked; `strongroom unlock {0}` asks for the PIN")]
+    LastTry(String),
+    /// The device refused this very PIN before: give another.
+    #[error("`{0}` refused this PIN before; it is not sent again. `strongroom unlock {0}` asks for another")]
+    PinRefusedBefore(String),
+    /// The PIN was sent before, and what became of it is not known: it may have cost a try.
+    #[error("this PIN was sent to `{0}` before and there was no answer; `strongroom unlock {0}` tries it again")]
+    PinUncertain(String),
+    /// There is no PIN to send.
+    #[error("no PIN: {0}")]
+    NoPin(String),
     /// The vault holds as many identities as it can: remove some.
     #[error("the vault is full; `ssh-add -d` removes a key")]
     Full,
@@ -101,20 +125,33 @@ pub struct Verdict {
     pub confirm: Option<String>,
 }
 
-/// Whether this identity may sign this data for this caller.
+/// Whether this identity may do this for this caller. `needs` is what it must grant: nothing, for a plain signature.
 pub fn decide(
     identity: &Identity,
     caller: &Caller,
-    data: &[u8],
+    operation: &Operation<'_>,
+    needs: Grants,
     rules: &Rules,
     unix_now: u64,
 ) -> Result<Verdict, Refusal> {
+    if needs != Grants::NONE {
+        // Nothing about these tells what they are for, so that no restriction to hosts or applications could be kept.
+        if identity.key_type.is_sk() || identity.restrictions().next().is_some() {
+            return Err(Refusal::NotPermitted("a FIDO or destination-constrained key makes plain ssh signatures only"));
+        }
+        if !identity.places.iter().any(|place| place.grants.include(needs)) {
+            return Err(Refusal::NotGranted);
+        }
+    }
     if identity.is_unconstrained() {
         return Ok(Verdict { confirm: None });
     }
-    let purpose = Purpose::read(data, &identity.blob);
-    if !identity.constraints.destinations.is_empty() {
-        check_destination(identity, caller, &purpose, unix_now)?;
+    let purpose = match operation {
+        Operation::Sign { input: Input::Message(data), .. } => Purpose::read(data, &identity.blob),
+        _ => Purpose::Opaque,
+    };
+    for destinations in identity.restrictions() {
+        check_destination(destinations, caller, &purpose, unix_now)?;
     }
     if identity.key_type.is_sk() && rules.restrict_websafe && purpose == Purpose::Opaque {
         let free = rules.websafe_allow.as_deref().unwrap_or("ssh:*");
@@ -122,13 +159,13 @@ pub fn decide(
             return Err(Refusal::NotWebsafe);
         }
     }
-    let confirm = identity.constraints.confirm.then(|| confirm_question(identity, caller, &purpose, rules));
+    let confirm = identity.is_confirmed().then(|| confirm_question(identity, caller, operation, &purpose, rules));
     Ok(Verdict { confirm })
 }
 
 /// A destination-constrained key signs logins only, on a connection bound to the very session that is logged in to.
 fn check_destination(
-    identity: &Identity,
+    destinations: &[Destination],
     caller: &Caller,
     purpose: &Purpose<'_>,
     unix_now: u64,
@@ -140,9 +177,7 @@ fn check_destination(
     let Purpose::UserAuth(login) = purpose else {
         return refuse("a destination-constrained key signs logins only");
     };
-    Route::new(caller, unix_now)
-        .permits(&identity.constraints.destinations, Use::Login(login.user))
-        .map_err(Refusal::NotPermitted)?;
+    Route::new(caller, unix_now).permits(destinations, Use::Login(login.user)).map_err(Refusal::NotPermitted)?;
     if *login.session_id != *last.session_id {
         return refuse("the login is for another session than the one the connection is bound to");
     }
@@ -167,7 +202,8 @@ pub fn is_shown(identity: &Identity, caller: &Caller) -> bool {
 
 /// Whether the caller at the end of this route may know of the identity. One route serves a whole listing.
 pub fn may_list(identity: &Identity, route: &Route<'_>) -> bool {
-    is_shown(identity, route.caller()) && route.permits(&identity.constraints.destinations, Use::Listing).is_ok()
+    is_shown(identity, route.caller())
+        && identity.restrictions().all(|destinations| route.permits(destinations, Use::Listing).is_ok())
 }
 
 /// Whether the caller may remove the identity, or add it again with other constraints.
@@ -192,10 +228,21 @@ pub fn harmless(bytes: &[u8]) -> String {
     prompt::harmless(&String::from_utf8_lossy(bytes))
 }
 
-fn confirm_question(identity: &Identity, caller: &Caller, purpose: &Purpose<'_>, rules: &Rules) -> String {
+fn confirm_question(
+    identity: &Identity,
+    caller: &Caller,
+    operation: &Operation<'_>,
+    purpose: &Purpose<'_>,
+    rules: &Rules,
+) -> String {
+    let use_of = match operation {
+        Operation::Sign { .. } => "use of",
+        Operation::Decrypt { .. } => "decryption with",
+        Operation::Derive { .. } => "derivation of a secret with",
+    };
     format!(
-        "Allow use of key {}?\nKey fingerprint {}{}{}",
-        harmless(&identity.comment),
+        "Allow {use_of} key {}?\nKey fingerprint {}{}{}",
+        harmless(identity.comment()),
         identity.fingerprint(rules.fingerprint_hash),
         login_line(identity, caller, purpose, rules),
         caller_line(caller)
@@ -224,6 +271,20 @@ pub fn pin_question(identity: &Identity, caller: &Caller, rules: &Rules, touch: 
     )
 }
 
+/// What to ask the holder of a device for its PIN with.
+pub fn device_pin_question(device: &Device, status: &Status, caller: &Caller) -> String {
+    let serial = match &*status.serial {
+        "" => String::new(),
+        serial => format!(" (serial {})", prompt::harmless(serial)),
+    };
+    let tries = match status.tries_left {
+        Some(1) => "\nThis is the LAST TRY: a wrong PIN blocks the device.".to_owned(),
+        Some(left) => format!("\n{left} tries are left."),
+        None => String::new(),
+    };
+    format!("Enter PIN for {}{serial}{tries}{}: ", prompt::harmless(device.name()), caller_line(caller))
+}
+
 /// Whom a login is for and where: the host by its name where the key's constraints list it, else by its key.
 fn login_line(identity: &Identity, caller: &Caller, purpose: &Purpose<'_>, rules: &Rules) -> String {
     let login = match purpose {
@@ -233,10 +294,9 @@ fn login_line(identity: &Identity, caller: &Caller, purpose: &Purpose<'_>, rules
     };
     let request = format!("\npublic key authentication request for user \"{}\"", user_name(login.user));
     let Some(bind) = caller.binds.last() else { return request };
-    let destinations = &identity.constraints.destinations;
-    if destinations.is_empty() {
+    let Some(destinations) = identity.restrictions().next() else {
         return format!("{request} to the host with key {}", fingerprint(&bind.host_key, rules.fingerprint_hash));
-    }
+    };
     let name = destinations.iter().find(|d| destination::names(&d.to, bind)).map_or(&b""[..], |d| &d.to.host);
     format!("{request} to listed host {}", harmless(name))
 }
@@ -264,13 +324,14 @@ mod tests {
     use super::*;
     use crate::{
         devices::{
+            Scheme,
             sk::SkKey,
             soft::{SoftKey, SoftParts},
         },
         public_key::{Blob, Curve, KeyType},
         rfc4251::Put,
         vault::{
-            key::{Bind, Constraints, Destination, Hop, HostKey, PrivateKey},
+            key::{Bind, Constraints, Destination, Hop, HostKey, Place, PrivateKey},
             purpose::tests::{key, userauth},
         },
     };
@@ -292,9 +353,12 @@ mod tests {
         Identity {
             blob: key(1).into(),
             key_type: KeyType::Ed25519,
-            key: PrivateKey::Soft(Arc::new(private)),
-            comment: b"me@home".as_slice().into(),
-            constraints,
+            places: vec![Place {
+                key: PrivateKey::Soft(Arc::new(private)),
+                comment: b"me@home".as_slice().into(),
+                constraints,
+                grants: Grants::NONE,
+            }],
         }
     }
 
@@ -305,10 +369,17 @@ mod tests {
         Identity {
             blob: public.to_blob().into(),
             key_type: KeyType::SkEd25519,
-            key: PrivateKey::Sk(Arc::new(private)),
-            comment: b"token".as_slice().into(),
-            constraints: Constraints::default(),
+            places: vec![Place {
+                key: PrivateKey::Sk(Arc::new(private)),
+                comment: b"token".as_slice().into(),
+                constraints: Constraints::default(),
+                grants: Grants::NONE,
+            }],
         }
+    }
+
+    fn signing(data: &[u8]) -> Operation<'_> {
+        Operation::Sign { scheme: Scheme::Ed25519, input: Input::Message(data.into()) }
     }
 
     fn hop(user: &str, host: &str, keys: &[u8]) -> Hop {
@@ -335,7 +406,7 @@ mod tests {
     }
 
     fn decided(identity: &Identity, caller: &Caller, data: &[u8]) -> Result<Option<String>, Refusal> {
-        decide(identity, caller, data, &Rules::default(), 0).map(|verdict| verdict.confirm)
+        decide(identity, caller, &signing(data), Grants::NONE, &Rules::default(), 0).map(|verdict| verdict.confirm)
     }
 
     fn sshsig() -> Vec<u8> {
@@ -388,7 +459,7 @@ mod tests {
     #[test]
     fn a_question_cannot_be_dressed_up() {
         let mut identity = soft(Constraints { confirm: true, ..Constraints::default() });
-        identity.comment = b"x\nKey fingerprint SHA256:fake\xe2\x80\xae\xff".as_slice().into();
+        identity.places[0].comment = b"x\nKey fingerprint SHA256:fake\xe2\x80\xae\xff".as_slice().into();
         let data = userauth(b"sid", b"me\" to listed host\n", &identity.blob, None);
         let question = decided(&identity, &Caller::default(), &data).unwrap().unwrap();
         assert_eq!(question.lines().count(), 3, "{question}");
@@ -426,7 +497,7 @@ mod tests {
             (&sk(b""), b"challenge", rules(Some(""), true), false),
             (&sk(b""), b"challenge", rules(Some("ssh:*,"), true), false),
         ] {
-            let result = decide(identity, &Caller::default(), data, &rules, 0);
+            let result = decide(identity, &Caller::default(), &signing(data), Grants::NONE, &rules, 0);
             let application = Blob::parse(&identity.blob).map(|_| application(identity));
             assert_eq!(result.is_ok(), good, "{application:?} {rules:?}: {result:?}");
         }

@@ -9,9 +9,26 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::{devices::DeviceError, sys::memory};
 
-/// Argon2id's cost. Sized to about 50 ms on one core of 2023: a locked vault's memory is worth guessing at offline.
-const MEMORY_KIB: u32 = 24 * 1024;
-const PASSES: u32 = 2;
+/// What Argon2id costs, for whoever knows the secret and for whoever guesses at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cost {
+    memory_kib: u32,
+    passes: u32,
+}
+
+impl Default for Cost {
+    /// About 50 ms on one core of 2023: a locked vault's memory is worth guessing at offline.
+    fn default() -> Self {
+        Self { memory_kib: 24 * 1024, passes: 2 }
+    }
+}
+
+impl Cost {
+    /// As little as there is, for simulations that lock a thousand times a second.
+    pub fn least() -> Self {
+        Self { memory_kib: Params::MIN_M_COST, passes: 1 }
+    }
+}
 
 /// Made anew for each lock, so counted nonces never meet the same key twice.
 pub struct SealKey {
@@ -22,6 +39,7 @@ pub struct SealKey {
 /// What is kept while the vault is locked: enough to tell the right password.
 pub struct Lock {
     salt: [u8; 16],
+    cost: Cost,
     proof: Box<[u8]>,
 }
 
@@ -29,22 +47,10 @@ pub struct Lock {
 const PROOF: &[u8] = b"strongroom lock";
 
 impl SealKey {
-    /// Derives a key from a password; takes some 50 ms and 24 MiB, so never where something else waits.
-    fn derive(password: &[u8], salt: &[u8; 16]) -> Result<Self, DeviceError> {
-        let failed = |_| DeviceError::Failed("the lock password could not be made into a key".into());
-        let params = Params::new(MEMORY_KIB, PASSES, 1, Some(32)).map_err(failed)?;
-        let mut key = Zeroizing::new([0; 32]);
-        // The key is a hash of the last block, so the blocks are as secret as the key. Each attempt gives them back.
-        memory::return_large_blocks();
-        let mut blocks = vec![Block::default(); params.block_count()];
-        let hashed = Argon2::new(Algorithm::Argon2id, Version::V0x13, params).hash_password_into_with_memory(
-            password,
-            salt,
-            &mut *key,
-            &mut blocks,
-        );
-        blocks.zeroize();
-        hashed.map_err(failed)?;
+    /// Derives a key from a password. Blocks as [`stretch`] does.
+    fn derive(password: &[u8], salt: &[u8; 16], cost: Cost) -> Result<Self, DeviceError> {
+        let key = stretch(password, salt, cost)
+            .map_err(|_| DeviceError::Failed("the lock password could not be made into a key".into()))?;
         let key = UnboundKey::new(&CHACHA20_POLY1305, &*key)
             .map_err(|_| DeviceError::Failed("the sealing key was refused".into()))?;
         Ok(Self { key: LessSafeKey::new(key), sealed: 0 })
@@ -78,19 +84,33 @@ impl SealKey {
     }
 }
 
+/// Argon2id of a secret that can be guessed, so that each guess costs as much: by default some 50 ms and 24 MiB. Never
+/// where something else waits.
+pub(super) fn stretch(secret: &[u8], salt: &[u8; 16], cost: Cost) -> Result<Zeroizing<[u8; 32]>, argon2::Error> {
+    let params = Params::new(cost.memory_kib, cost.passes, 1, Some(32))?;
+    let mut key = Zeroizing::new([0; 32]);
+    // The key is a hash of the last block, so the blocks are as secret as the key. Each attempt gives them back.
+    memory::return_large_blocks();
+    let mut blocks = vec![Block::default(); params.block_count()];
+    let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
+    let hashed = argon2.hash_password_into_with_memory(secret, salt, &mut *key, &mut blocks);
+    blocks.zeroize();
+    hashed.map(|()| key)
+}
+
 impl Lock {
     /// A new lock and the key to seal with. Blocks as [`SealKey`] does.
-    pub fn new(password: &[u8]) -> Result<(Self, SealKey), DeviceError> {
+    pub fn new(password: &[u8], cost: Cost) -> Result<(Self, SealKey), DeviceError> {
         let mut salt = [0; 16];
         rand::fill(&mut salt).map_err(|_| DeviceError::Failed("the system gives no random numbers".into()))?;
-        let mut key = SealKey::derive(password, &salt)?;
+        let mut key = SealKey::derive(password, &salt, cost)?;
         let proof = key.seal(PROOF)?;
-        Ok((Self { salt, proof }, key))
+        Ok((Self { salt, cost, proof }, key))
     }
 
     /// The key again, when the password is the right one. Blocks as [`SealKey`] does.
     pub fn open(&self, password: &[u8]) -> Result<Option<SealKey>, DeviceError> {
-        let key = SealKey::derive(password, &self.salt)?;
+        let key = SealKey::derive(password, &self.salt, self.cost)?;
         Ok(key.open(&self.proof).is_ok().then_some(key))
     }
 }
@@ -102,7 +122,7 @@ mod tests {
 
     #[test]
     fn only_the_password_opens_what_it_sealed() {
-        let (lock, mut key) = Lock::new(b"right").unwrap();
+        let (lock, mut key) = Lock::new(b"right", Cost::default()).unwrap();
         let (one, two) = (key.seal(b"one").unwrap(), key.seal(b"one").unwrap());
         assert_ne!(one, two);
         assert!(lock.open(b"wrong").unwrap().is_none());

@@ -421,7 +421,14 @@ impl Answer<'_> for Finished {
     }
 
     fn encoded_len(&self) -> usize {
-        8 + 1 + self.reply.as_ref().map_or_else(Failure::encoded_len, Answer::encoded_len)
+        Self::len_with(&self.reply) - 4
+    }
+}
+
+impl Finished {
+    /// How many bytes of a collection a ticket with this outcome takes.
+    pub fn len_with(outcome: &Result<Zeroizing<Vec<u8>>, Failure>) -> usize {
+        4 + 8 + 1 + outcome.as_ref().map_or_else(Failure::encoded_len, Answer::encoded_len)
     }
 }
 
@@ -430,9 +437,7 @@ impl Entry<'_> for Finished {}
 /// What a `cancel` did. In every case the ticket is gone afterwards and its id is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cancelled {
-    /// It waited, and was taken out of the queue: it is not done.
-    Dropped,
-    /// A device was at work on it, and may finish it; nobody learns the result.
+    /// It was given up. A device that was at work on it may finish it; nobody learns the result.
     Abandoned,
     /// It had finished; its result is thrown away.
     Finished,
@@ -441,12 +446,11 @@ pub enum Cancelled {
 }
 
 impl Cancelled {
-    const ALL: [Self; 4] = [Self::Dropped, Self::Abandoned, Self::Finished, Self::Unknown];
+    const ALL: [Self; 3] = [Self::Abandoned, Self::Finished, Self::Unknown];
 
-    /// `dropped`, `abandoned`, `finished` or `unknown`.
+    /// `abandoned`, `finished` or `unknown`.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Dropped => "dropped",
             Self::Abandoned => "abandoned",
             Self::Finished => "finished",
             Self::Unknown => "unknown",

@@ -118,6 +118,12 @@ impl From<&Refusal> for Code {
             Refusal::NotPermitted(_) | Refusal::NotForForwarded | Refusal::NotWebsafe | Refusal::Provider(_) => {
                 Self::NotPermitted
             }
+            Refusal::OnDevice(_) | Refusal::NotGranted => Self::NotPermitted,
+            Refusal::NoSuchDevice => Self::NoSuchKey,
+            Refusal::Ending => Self::Cancelled,
+            Refusal::LastTry(_) | Refusal::PinUncertain(_) => Self::PinRequired,
+            Refusal::PinRefusedBefore(_) => Self::PinWrong,
+            Refusal::NoPin(_) => Self::NoPrompt,
             Refusal::Denied => Self::Denied,
             Refusal::NoPrompt(_) => Self::NoPrompt,
             Refusal::TooManyPrompts => Self::Busy,

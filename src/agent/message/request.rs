@@ -234,6 +234,17 @@ impl<'a> KeyUse<'a> {
         }
     }
 
+    /// How many bytes of it a caller chose.
+    pub fn size(&self) -> usize {
+        self.key.len()
+            + match &self.how {
+                How::Ssh { data, .. } => data.len(),
+                How::Operation(Operation::Sign { input, .. }) => input.bytes().len(),
+                How::Operation(Operation::Decrypt { label, ciphertext, .. }) => label.len() + ciphertext.len(),
+                How::Operation(Operation::Derive { peer, .. }) => peer.len(),
+            }
+    }
+
     fn read(name: Name, r: &mut Reader<'a>) -> Result<Self, RequestError> {
         let key = read_blob(r)?;
         let wanted = r.string()?;

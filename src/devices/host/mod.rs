@@ -1,0 +1,140 @@
+//! A driver in a process of its own: what foreign code does there harms the calls inside it and nothing else. Knows how
+//! the process is started; `session` what passes between, `child` what happens there.
+
+pub mod child;
+pub mod session;
+mod stderr;
+pub mod wire;
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream, unix::process::CommandExt},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use tokio::{net::UnixStream, task::JoinHandle, time::timeout};
+use zeroize::Zeroizing;
+
+pub use session::HostSession;
+
+use super::{DeviceError, call::Engine};
+use crate::sys::spawn::{self, Child};
+
+/// This program, even when its file has been replaced or removed since it started.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// The variables that the process gets where we have them; a `*` stands for any end.
+const VARIABLES: [&str; 10] = [
+    "HOME",
+    "PATH",
+    "LANG",
+    "LC_*",
+    "XDG_*",
+    "SOFTHSM2_CONF",
+    "OPENSC_CONF",
+    "TPM2_PKCS11_*",
+    "P11_KIT_*",
+    "KRYOPTIC_CONF",
+];
+
+/// Runs a driver in a child process.
+pub struct Host {
+    kind: &'static str,
+    config: Zeroizing<Vec<u8>>,
+    settings: HostSettings,
+}
+
+/// How a driver's process is started.
+#[derive(Clone, Debug)]
+pub struct HostSettings {
+    /// The device's name: the log has it, and whoever lists processes sees it.
+    pub name: String,
+    /// Variables besides those that every such process has.
+    pub env: Vec<(OsString, OsString)>,
+    /// How long the process may take to open its device.
+    pub open_timeout: Duration,
+    /// The program; this one, unless a test names another.
+    pub program: PathBuf,
+}
+
+impl HostSettings {
+    /// For the device of this name, with half a minute to open it.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            env: Vec::new(),
+            open_timeout: Duration::from_secs(30),
+            program: PathBuf::from(OWN_PROGRAM),
+        }
+    }
+}
+
+impl Host {
+    /// Will run the driver of this kind, which reads `config` by [`Hosted::config`](child::Hosted::config).
+    pub fn new(kind: &'static str, config: Vec<u8>, settings: HostSettings) -> Self {
+        Self { kind, config: Zeroizing::new(config), settings }
+    }
+
+    fn command(&self, stdin: OwnedFd) -> Command {
+        let mut command = Command::new(&self.settings.program);
+        command
+            // Its name decides what this program is, and may be `ssh-agent` here.
+            .arg0("strongroom")
+            .arg("device-host")
+            .arg(self.kind)
+            .arg(&self.settings.name)
+            .env_clear()
+            .envs(env::vars_os().filter(|(name, _)| passes(name)))
+            .envs(self.settings.env.iter().map(|(name, value)| (name, value)))
+            .stdin(stdin)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    async fn start(&self) -> std::io::Result<(UnixStream, Child, Option<JoinHandle<()>>)> {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let socket = UnixStream::from_std(ours)?;
+        let mut child = spawn::spawn(self.command(theirs.into())).await?;
+        let log = child.stderr.take().map(|stderr| {
+            let (name, exited) = (self.settings.name.clone(), child.exited());
+            tokio::spawn(async move {
+                if let Err(e) = stderr::log(stderr, &name, exited).await {
+                    tracing::warn!(device = name, "cannot read what its process writes: {e}");
+                }
+            })
+        });
+        Ok((socket, child, log))
+    }
+}
+
+impl Engine for Host {
+    type Session = HostSession;
+
+    async fn open(&self) -> Result<HostSession, DeviceError> {
+        let opening = async {
+            let (mut socket, child, log) = self
+                .start()
+                .await
+                .map_err(|e| DeviceError::Failed(format!("cannot start the device's process: {e}")))?;
+            match session::open(&mut socket, &self.config).await {
+                Ok(lanes) => Ok(HostSession::start(socket, child, lanes?, log)),
+                Err(broken) => Err(DeviceError::Failed(broken.reason(session::end_of(&child).await))),
+            }
+        };
+        timeout(self.settings.open_timeout, opening).await.unwrap_or(Err(DeviceError::Timeout))
+    }
+}
+
+/// Whether a variable of ours goes to the process.
+fn passes(name: &OsStr) -> bool {
+    let name = name.as_encoded_bytes();
+    VARIABLES.iter().any(|pattern| match pattern.strip_suffix('*') {
+        Some(start) => name.starts_with(start.as_bytes()),
+        None => name == pattern.as_bytes(),
+    })
+}

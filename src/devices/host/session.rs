@@ -1,0 +1,473 @@
+//! The daemon's side of a device's process: calls on their way, their answers, and the end of it all. Knows frames;
+//! starts nothing.
+//!
+//! A task owns the socket and the process. Whatever the process does wrong ends the session: a frame that is none, an
+//! answer to what was not asked, an answer of another kind than its call's. Ids come once, so that no answer can reach
+//! another call.
+
+use std::{
+    collections::HashMap,
+    io,
+    process::ExitStatus,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use thiserror::Error;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::UnixStream,
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::timeout,
+};
+use zeroize::Zeroizing;
+
+use super::wire::{self, Answer, Frame, FrameError};
+use crate::{
+    devices::{
+        DeviceError,
+        call::{Call, Reply, Session},
+    },
+    sys::spawn::Child,
+};
+
+/// How long a killed process may take to be gone before its end is told without its status; and how long what it wrote
+/// before it died is still read.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// A driver in a process of its own.
+pub struct HostSession {
+    calls: Arc<Calls>,
+    lanes: usize,
+    ended: watch::Receiver<Option<String>>,
+    /// Dropped with the session: then the task kills the process.
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+/// Why nothing more comes from a process.
+#[derive(Debug, Error)]
+pub(super) enum Broken {
+    #[error("the device's process has closed its socket")]
+    Closed,
+    #[error("the socket to the device's process fails: {0}")]
+    Socket(#[from] io::Error),
+    #[error("the device's process sent nonsense: {0}")]
+    Nonsense(#[from] Nonsense),
+}
+
+/// What no honest process sends.
+#[derive(Debug, Error)]
+pub(super) enum Nonsense {
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("an answer to what was not asked")]
+    Unasked,
+    #[error("an answer of the wrong kind")]
+    WrongKind,
+}
+
+impl Broken {
+    /// For a person: the words, or how the process ended where that says more.
+    pub(super) fn reason(&self, status: Option<ExitStatus>) -> String {
+        match (self, status) {
+            (Self::Nonsense(_), _) | (_, None) => self.to_string(),
+            (_, Some(status)) => match status.code() {
+                Some(code) => format!("the device's process exited with code {code}"),
+                None => format!("the device's process was ended by {status}"),
+            },
+        }
+    }
+}
+
+impl From<FrameError> for Broken {
+    fn from(error: FrameError) -> Self {
+        Self::Nonsense(error.into())
+    }
+}
+
+/// Reads one frame's body.
+async fn read_body(input: &mut (impl AsyncRead + Unpin)) -> Result<Frame, Broken> {
+    let mut header = [0; 4];
+    read(input, &mut header).await?;
+    let mut body = Zeroizing::new(vec![0; wire::body_len(header)?]);
+    read(input, &mut body).await?;
+    Ok(body)
+}
+
+async fn read(input: &mut (impl AsyncRead + Unpin), buffer: &mut [u8]) -> Result<(), Broken> {
+    match input.read_exact(buffer).await {
+        Ok(_) => Ok(()),
+        Err(e) if matches!(e.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => {
+            Err(Broken::Closed)
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Sends the configuration and waits for the driver to have opened its device; its lanes.
+pub(super) async fn open(socket: &mut UnixStream, config: &[u8]) -> Result<Result<usize, DeviceError>, Broken> {
+    if let Err(e) = socket.write_all(&wire::encode_open(config)).await {
+        // A process that ended as soon as it began: how it ended says more.
+        return Err(if e.kind() == io::ErrorKind::BrokenPipe { Broken::Closed } else { e.into() });
+    }
+    match wire::decode_answer(&read_body(socket).await?)? {
+        (wire::OPEN_ID, Ok(Answer::Opened(lanes))) => Ok(Ok(lanes)),
+        (wire::OPEN_ID, Err(error)) => Ok(Err(error)),
+        (wire::OPEN_ID, Ok(Answer::Reply(_))) => Err(Nonsense::WrongKind.into()),
+        _ => Err(Nonsense::Unasked.into()),
+    }
+}
+
+/// How the process ended, if it does soon.
+pub(super) async fn end_of(child: &Child) -> Option<ExitStatus> {
+    timeout(LINGER, child.exited()).await.ok().flatten()
+}
+
+impl HostSession {
+    /// A session on a process that has opened its device. `log` ends by itself soon after the process.
+    pub(super) fn start(socket: UnixStream, child: Child, lanes: usize, log: Option<JoinHandle<()>>) -> Self {
+        let limit = lanes + wire::SPARE_CALLS;
+        let (sender, frames) = mpsc::channel(limit);
+        let calls = Arc::new(Calls::new(sender, limit));
+        let (end, ended) = watch::channel(None);
+        let (stop, stopped) = oneshot::channel();
+        let task = tokio::spawn(run(socket, frames, Arc::clone(&calls), child, stopped, log, end));
+        Self { calls, lanes, ended, stop, task }
+    }
+}
+
+impl Session for HostSession {
+    fn lanes(&self) -> usize {
+        self.lanes
+    }
+
+    fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
+        let calls = Arc::clone(&self.calls);
+        async move {
+            let answer = calls.make(&call)?;
+            drop(call);
+            answer.await.unwrap_or(Err(DeviceError::Restarted))
+        }
+    }
+
+    fn died(&self) -> impl Future<Output = String> + Send + 'static {
+        let mut ended = self.ended.clone();
+        async move {
+            match ended.wait_for(Option::is_some).await {
+                Ok(reason) => reason.clone().unwrap_or_default(),
+                // The runtime is ending, and took the task with it.
+                Err(_) => "the device's process was ended".into(),
+            }
+        }
+    }
+
+    async fn end(self) {
+        drop(self.stop);
+        // An error is the end of the runtime, which took the task with it.
+        let _ = self.task.await;
+    }
+}
+
+/// Carries frames until the session ends, then sees the process off.
+async fn run(
+    mut socket: UnixStream,
+    mut frames: mpsc::Receiver<Frame>,
+    calls: Arc<Calls>,
+    child: Child,
+    stopped: oneshot::Receiver<()>,
+    log: Option<JoinHandle<()>>,
+    end: watch::Sender<Option<String>>,
+) {
+    let exited = child.exited();
+    let broken = {
+        let (mut input, mut output) = socket.split();
+        let mut answers = std::pin::pin!(read_answers(&mut input, &calls));
+        let writing = write_calls(&mut output, &mut frames);
+        tokio::select! {
+            broken = &mut answers => Some(broken),
+            // What cannot be written: the process is going, and what it still said is read.
+            _ = writing => Some(timeout(LINGER, answers).await.unwrap_or(Broken::Closed)),
+            // The same where something that it left behind holds the socket open.
+            _ = child.exited() => Some(timeout(LINGER, answers).await.unwrap_or(Broken::Closed)),
+            _ = stopped => None,
+        }
+    };
+    calls.close();
+    drop((socket, frames));
+    let reason = match broken {
+        None => "the device's process was ended".to_owned(),
+        Some(nonsense @ Broken::Nonsense(_)) => nonsense.reason(None),
+        // Its own end comes with the socket's, or right after; only then is the status its own.
+        Some(broken) => broken.reason(end_of(&child).await),
+    };
+    child.kill();
+    let exited = async {
+        exited.await;
+    };
+    tokio::pin!(exited);
+    let _ = timeout(LINGER, &mut exited).await;
+    end.send_replace(Some(reason));
+    exited.await;
+    if let Some(log) = log {
+        let _ = log.await;
+    }
+}
+
+async fn read_answers(input: &mut (impl AsyncRead + Unpin), calls: &Calls) -> Broken {
+    loop {
+        let taken = async { calls.take(&read_body(input).await?) }.await;
+        if let Err(broken) = taken {
+            return broken;
+        }
+    }
+}
+
+/// Ends only with an error: the sender of frames lives in `Calls`.
+async fn write_calls(output: &mut (impl AsyncWrite + Unpin), frames: &mut mpsc::Receiver<Frame>) -> io::Result<()> {
+    while let Some(frame) = frames.recv().await {
+        output.write_all(&frame).await?;
+    }
+    Ok(())
+}
+
+/// The calls that have no answer yet.
+struct Calls {
+    next: AtomicU64,
+    /// `None` once the session is over.
+    waiting: Mutex<Option<HashMap<u64, Waiting>>>,
+    frames: mpsc::Sender<Frame>,
+    /// How many may wait, those included whose callers have given up.
+    limit: usize,
+}
+
+struct Waiting {
+    kind: Kind,
+    caller: oneshot::Sender<Result<Reply, DeviceError>>,
+}
+
+/// What a call can be answered with, besides an error.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Scan,
+    Status,
+    Done,
+    Bytes,
+}
+
+impl Kind {
+    fn asked_for(call: &Call) -> Self {
+        match call {
+            Call::Scan => Self::Scan,
+            Call::Health => Self::Status,
+            Call::Unlock(_) | Call::Lock => Self::Done,
+            Call::Random(_) | Call::Operate(..) => Self::Bytes,
+        }
+    }
+
+    fn of(reply: &Reply) -> Self {
+        match reply {
+            Reply::Scan(_) => Self::Scan,
+            Reply::Status(_) => Self::Status,
+            Reply::Done => Self::Done,
+            Reply::Bytes(_) => Self::Bytes,
+        }
+    }
+}
+
+impl Calls {
+    fn new(frames: mpsc::Sender<Frame>, limit: usize) -> Self {
+        Self { next: AtomicU64::new(wire::OPEN_ID + 1), waiting: Mutex::new(Some(HashMap::new())), frames, limit }
+    }
+
+    /// Puts a call on its way; its answer comes from the receiver, whose error is the end of the session.
+    fn make(&self, call: &Call) -> Result<oneshot::Receiver<Result<Reply, DeviceError>>, DeviceError> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let frame = wire::encode_call(id, call)?;
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = waiting.as_mut().ok_or(DeviceError::Restarted)?;
+        if waiting.len() >= self.limit {
+            return Err(DeviceError::Busy);
+        }
+        // Has room for every call that waits; without, the process answers what it has not read yet.
+        self.frames.try_send(frame).map_err(|_| DeviceError::Busy)?;
+        let (caller, answer) = oneshot::channel();
+        waiting.insert(id, Waiting { kind: Kind::asked_for(call), caller });
+        Ok(answer)
+    }
+
+    /// Hands an answer to its caller. One who has given up never learns of it.
+    fn take(&self, body: &[u8]) -> Result<(), Broken> {
+        let (id, answer) = wire::decode_answer(body)?;
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let asked = waiting.as_mut().and_then(|waiting| waiting.remove(&id)).ok_or(Nonsense::Unasked)?;
+        let reply = match answer {
+            Ok(Answer::Reply(reply)) if Kind::of(&reply) == asked.kind => Ok(reply),
+            Ok(_) => return Err(Nonsense::WrongKind.into()),
+            Err(error) => Err(error),
+        };
+        let _ = asked.caller.send(reply);
+        Ok(())
+    }
+
+    /// Tells every caller that the session is over.
+    fn close(&self) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+    use crate::{
+        devices::{Scan, Status},
+        sys::spawn,
+    };
+
+    /// A session whose process only sleeps; the test has its end of the socket.
+    struct Fake {
+        session: HostSession,
+        socket: UnixStream,
+    }
+
+    impl Fake {
+        async fn start(lanes: usize) -> Self {
+            let (ours, socket) = UnixStream::pair().unwrap();
+            let mut sleep = Command::new("sleep");
+            sleep.arg("1000").stdin(Stdio::null());
+            let child = spawn::spawn(sleep).await.unwrap();
+            Self { session: HostSession::start(ours, child, lanes, None), socket }
+        }
+
+        /// Makes the call and waits until it has come to the process.
+        async fn begin(&mut self, call: Call) -> (u64, JoinHandle<Result<Reply, DeviceError>>) {
+            let answer = tokio::spawn(self.session.call(call));
+            let body = read_body(&mut self.socket).await.unwrap();
+            (wire::decode_request(&body).unwrap().0, answer)
+        }
+
+        async fn answer(&mut self, id: u64, reply: Reply) {
+            self.socket.write_all(&wire::encode_answer(id, &Ok(Answer::Reply(reply)))).await.unwrap();
+        }
+
+        /// That the session ends for this reason, and with it the call that waits.
+        async fn ends(self, waiting: JoinHandle<Result<Reply, DeviceError>>, reason: &str) {
+            assert!(matches!(waiting.await.unwrap(), Err(DeviceError::Restarted)));
+            assert_eq!(self.session.died().await, reason);
+            assert!(matches!(self.session.call(Call::Scan).await, Err(DeviceError::Restarted)));
+            self.session.end().await;
+        }
+    }
+
+    fn bytes(byte: u8) -> Reply {
+        Reply::Bytes(Zeroizing::new(vec![byte]))
+    }
+
+    #[tokio::test]
+    async fn answers_come_in_any_order_and_reach_their_own_calls() {
+        let mut fake = Fake::start(2).await;
+        let (one, first) = fake.begin(Call::Random(1)).await;
+        let (two, second) = fake.begin(Call::Random(1)).await;
+        fake.answer(two, bytes(2)).await;
+        fake.answer(one, bytes(1)).await;
+        for (call, byte) in [(first, 1), (second, 2)] {
+            assert!(matches!(call.await.unwrap(), Ok(Reply::Bytes(bytes)) if *bytes == [byte]));
+        }
+        fake.session.end().await;
+    }
+
+    #[tokio::test]
+    async fn an_answer_to_a_call_that_was_given_up_goes_nowhere() {
+        let mut fake = Fake::start(1).await;
+        let (one, first) = fake.begin(Call::Random(1)).await;
+        first.abort();
+        assert!(first.await.is_err_and(|e| e.is_cancelled()));
+        let (two, second) = fake.begin(Call::Random(1)).await;
+        assert_ne!(one, two);
+        fake.answer(one, bytes(1)).await;
+        fake.answer(two, bytes(2)).await;
+        assert!(matches!(second.await.unwrap(), Ok(Reply::Bytes(bytes)) if *bytes == [2]));
+    }
+
+    #[tokio::test]
+    async fn calls_beyond_the_bound_are_refused_and_the_rest_go_on() {
+        let mut fake = Fake::start(1).await;
+        let mut waiting = Vec::new();
+        for _ in 0..1 + wire::SPARE_CALLS {
+            waiting.push(fake.begin(Call::Health).await);
+        }
+        assert!(matches!(fake.session.call(Call::Health).await, Err(DeviceError::Busy)));
+        for (id, call) in waiting {
+            fake.answer(id, Reply::Status(Status::default())).await;
+            assert!(call.await.unwrap().is_ok());
+        }
+        fake.begin(Call::Health).await;
+    }
+
+    #[tokio::test]
+    async fn an_unknown_id_ends_the_session() {
+        let mut fake = Fake::start(1).await;
+        let (id, call) = fake.begin(Call::Scan).await;
+        fake.answer(id + 1, Reply::Scan(Scan::default())).await;
+        fake.ends(call, "the device's process sent nonsense: an answer to what was not asked").await;
+    }
+
+    #[tokio::test]
+    async fn a_second_answer_ends_the_session() {
+        let mut fake = Fake::start(2).await;
+        let (_, waits) = fake.begin(Call::Scan).await;
+        let (id, call) = fake.begin(Call::Lock).await;
+        fake.answer(id, Reply::Done).await;
+        assert!(matches!(call.await.unwrap(), Ok(Reply::Done)));
+        fake.answer(id, Reply::Done).await;
+        fake.ends(waits, "the device's process sent nonsense: an answer to what was not asked").await;
+    }
+
+    #[tokio::test]
+    async fn an_answer_of_another_kind_ends_the_session() {
+        let kinds: [fn() -> Reply; 4] =
+            [|| Reply::Scan(Scan::default()), || Reply::Status(Status::default()), || Reply::Done, || bytes(1)];
+        let calls = [Call::Scan, Call::Health, Call::Unlock("1".into()), Call::Random(1)];
+        for (asked, call) in calls.iter().enumerate() {
+            for (given, reply) in kinds.iter().enumerate() {
+                let mut fake = Fake::start(1).await;
+                let (id, call) = fake.begin(call.clone()).await;
+                fake.answer(id, reply()).await;
+                if asked == given {
+                    assert!(call.await.unwrap().is_ok());
+                } else {
+                    fake.ends(call, "the device's process sent nonsense: an answer of the wrong kind").await;
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn garbage_ends_the_session() {
+        for (garbage, why) in [
+            (&[0xff; 4][..], "something is too long"),
+            (&[0, 0, 0, 0], "the message ends too early"),
+            (&[0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 1, 77], "the tag 77 is unknown"),
+        ] {
+            let mut fake = Fake::start(1).await;
+            let (_, call) = fake.begin(Call::Scan).await;
+            fake.socket.write_all(garbage).await.unwrap();
+            fake.ends(call, &format!("the device's process sent nonsense: {why}")).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_closed_by_a_process_that_goes_on_ends_the_session() {
+        let mut fake = Fake::start(1).await;
+        let (_, call) = fake.begin(Call::Scan).await;
+        fake.socket.shutdown().await.unwrap();
+        fake.ends(call, "the device's process has closed its socket").await;
+    }
+}

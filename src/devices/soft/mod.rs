@@ -1,0 +1,500 @@
+//! Keys in this process's memory: how they are made, used and sealed. Knows private values and arithmetic; no policy.
+
+pub mod ed25519;
+mod pkcs1;
+
+use std::{
+    borrow::Cow,
+    fmt,
+    sync::{PoisonError, RwLock},
+};
+
+use aws_lc_rs::{
+    agreement::{self, UnparsedPublicKey, agree},
+    signature::{self as lc, EcdsaKeyPair, Ed25519KeyPair, KeyPair},
+};
+use fips204::{
+    ml_dsa_44,
+    traits::{KeyGen, SerDes, Signer as _},
+};
+use zeroize::Zeroizing;
+
+use super::{DecryptScheme, DeriveScheme, DeviceError, Hash, Input, Open, Operation, Outcome, Scheme, Seal, Signature};
+use crate::{
+    public_key::{Curve, KeyType, MLDSA44_ED25519_LABEL, mldsa44_ed25519_message},
+    sys::rsa::{RsaIntegers, RsaKey},
+};
+use ed25519::ExpandedKey;
+
+/// The private values of a key as SSH writes them, borrowed from the message that brought them.
+pub enum SoftParts<'a> {
+    /// The seed and the public point.
+    Ed25519 {
+        /// 32 bytes.
+        seed: &'a [u8],
+        /// 32 bytes.
+        public: &'a [u8],
+    },
+    /// The scalar's magnitude and the uncompressed point.
+    Ecdsa {
+        /// The curve of both.
+        curve: Curve,
+        /// At most as long as the curve's scalars.
+        scalar: &'a [u8],
+        /// `04 ‖ x ‖ y`.
+        point: &'a [u8],
+    },
+    /// The six integers.
+    Rsa(RsaIntegers<'a>),
+    /// Two seeds and two public keys.
+    MlDsa44Ed25519 {
+        /// ML-DSA's seed, then Ed25519's, 32 bytes each.
+        seeds: &'a [u8],
+        /// The public halves, as in the key's blob.
+        public: (&'a [u8], &'a [u8]),
+    },
+    /// The scalar with its nonce prefix, and the public point.
+    Ed25519Expanded {
+        /// 64 bytes.
+        secret: &'a [u8],
+        /// 32 bytes.
+        public: &'a [u8],
+    },
+    /// The scalar and the public u coordinate.
+    X25519 {
+        /// 32 bytes; clamped when it is used, as RFC 7748 says.
+        secret: &'a [u8],
+        /// 32 bytes.
+        public: &'a [u8],
+    },
+}
+
+/// A private key that is open for signing, or sealed while the vault is locked.
+pub struct SoftKey {
+    key_type: KeyType,
+    state: RwLock<State>,
+}
+
+enum State {
+    Open(Signer),
+    Sealed(Box<[u8]>),
+}
+
+/// Parsed once, when the key is added. The seeds stay beside what aws-lc makes of them, since aws-lc-rs gives them
+/// back only in buffers that it does not wipe. They are boxed: a value that moves leaves copies on the stack.
+enum Signer {
+    Ed25519 { pair: Ed25519KeyPair, seed: Zeroizing<Box<[u8]>> },
+    Ecdsa { curve: Curve, pair: EcdsaKeyPair, scalar: Zeroizing<Box<[u8]>> },
+    Rsa(RsaKey),
+    MlDsa44Ed25519 { mldsa: Box<ml_dsa_44::PrivateKey>, ed25519: Ed25519KeyPair, seeds: Zeroizing<Box<[u8]>> },
+    Ed25519Expanded(Box<ExpandedKey>),
+    X25519 { key: agreement::PrivateKey, scalar: Zeroizing<Box<[u8]>> },
+}
+
+impl fmt::Debug for SoftKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SoftKey({})", self.key_type.name())
+    }
+}
+
+const MISMATCH: DeviceError = DeviceError::unsupported("the private and the public half do not belong together");
+const WRONG_SCHEME: DeviceError = DeviceError::unsupported("the scheme is not one of this key type");
+const WRONG_DIGEST: DeviceError = DeviceError::unsupported("the digest is not as long as the scheme's hash makes them");
+const WANTS_MESSAGE: DeviceError = DeviceError::unsupported("the scheme signs messages, not digests");
+const WRONG_CIPHERTEXT: DeviceError = DeviceError::unsupported(
+    "the ciphertext is not a number below the key's modulus, written with as many bytes as the modulus",
+);
+const NOT_FOR_THIS_KEY: DeviceError =
+    DeviceError::unsupported("the ciphertext was not made for this key with this hash and label");
+const WRONG_PEER: DeviceError =
+    DeviceError::unsupported("the peer's public key is not one of the key's curve, in the scheme's form");
+
+fn failed() -> DeviceError {
+    DeviceError::Failed("the arithmetic of the key failed".into())
+}
+
+impl SoftKey {
+    /// Parses and checks a key: its private half must make its public half.
+    pub fn new(parts: &SoftParts<'_>) -> Result<Self, DeviceError> {
+        let signer = match parts {
+            SoftParts::Ed25519 { seed, public } => Signer::ed25519(seed, public)?,
+            SoftParts::Ecdsa { curve, scalar, point } => Signer::ecdsa(*curve, scalar, point)?,
+            SoftParts::Rsa(integers) => Signer::Rsa(RsaKey::from_integers(integers).ok_or(MISMATCH)?),
+            SoftParts::MlDsa44Ed25519 { seeds, public: (mldsa, ed25519) } => {
+                let (signer, made) = Signer::mldsa44_ed25519(seeds)?;
+                if made != [*mldsa, *ed25519].concat() {
+                    return Err(MISMATCH);
+                }
+                signer
+            }
+            SoftParts::Ed25519Expanded { secret, public } => {
+                let key = ExpandedKey::new((*secret).try_into().map_err(|_| MISMATCH)?).ok_or(MISMATCH)?;
+                if key.public() != *public {
+                    return Err(MISMATCH);
+                }
+                Signer::Ed25519Expanded(Box::new(key))
+            }
+            SoftParts::X25519 { secret, public } => {
+                let (signer, made) = Signer::x25519(secret)?;
+                if made.as_ref() != *public {
+                    return Err(MISMATCH);
+                }
+                signer
+            }
+        };
+        Ok(Self { key_type: signer.key_type(), state: RwLock::new(State::Open(signer)) })
+    }
+
+    /// Whether what it does takes so little time (up to some hundred microseconds) that it need not be handed to another
+    /// thread.
+    pub fn is_fast(&self) -> bool {
+        match self.key_type {
+            KeyType::Ed25519 | KeyType::Ed25519Expanded | KeyType::X25519 => true,
+            KeyType::Ecdsa(curve) => curve != Curve::P521,
+            KeyType::Rsa | KeyType::MlDsa44Ed25519 | KeyType::SkEd25519 | KeyType::SkEcdsa => false,
+        }
+    }
+
+    /// How it signs. PSS with SHA-512 wants more than 1,024 bits.
+    pub fn schemes(&self) -> &'static [Scheme] {
+        use Hash::{Sha1, Sha256, Sha384, Sha512};
+        match self.key_type {
+            KeyType::Ed25519 | KeyType::Ed25519Expanded => &[Scheme::Ed25519, Scheme::Ed25519BlindedTor],
+            KeyType::Ecdsa(_) => &[Scheme::Ecdsa(Sha256), Scheme::Ecdsa(Sha384), Scheme::Ecdsa(Sha512)],
+            KeyType::Rsa => &[
+                Scheme::RsaPkcs1v15(Sha1),
+                Scheme::RsaPkcs1v15(Sha256),
+                Scheme::RsaPkcs1v15(Sha384),
+                Scheme::RsaPkcs1v15(Sha512),
+                Scheme::RsaPkcs1v15Raw,
+                Scheme::RsaPss(Sha256),
+                Scheme::RsaPss(Sha384),
+                Scheme::RsaPss(Sha512),
+            ],
+            KeyType::MlDsa44Ed25519 => &[Scheme::MlDsa44Ed25519],
+            KeyType::X25519 | KeyType::SkEd25519 | KeyType::SkEcdsa => &[],
+        }
+    }
+
+    /// How it decrypts.
+    pub fn decrypts(&self) -> &'static [DecryptScheme] {
+        match self.key_type {
+            KeyType::Rsa => {
+                &[DecryptScheme::RsaOaep(Hash::Sha1), DecryptScheme::RsaOaep(Hash::Sha256), DecryptScheme::RsaPkcs1v15]
+            }
+            _ => &[],
+        }
+    }
+
+    /// How it agrees on secrets.
+    pub fn derives(&self) -> &'static [DeriveScheme] {
+        match self.key_type {
+            KeyType::Ecdsa(_) => &[DeriveScheme::Ecdh],
+            KeyType::X25519 => &[DeriveScheme::X25519],
+            _ => &[],
+        }
+    }
+
+    /// Does what the key's type claims. [`Unsupported`](DeviceError::Unsupported) for everything else, for digests of a
+    /// wrong length, for ciphertexts and peers that are none of this key's; never for bad padding of PKCS#1 v1.5.
+    pub fn operate(&self, operation: &Operation<'_>) -> Result<Outcome, DeviceError> {
+        let claimed = match operation {
+            Operation::Sign { scheme, .. } => self.schemes().contains(scheme),
+            Operation::Decrypt { scheme, .. } => self.decrypts().contains(scheme),
+            Operation::Derive { scheme, .. } => self.derives().contains(scheme),
+        };
+        if !claimed {
+            return Err(WRONG_SCHEME);
+        }
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Open(signer) => match operation {
+                Operation::Sign { scheme, input } => signer.sign(*scheme, input).map(Outcome::Signature),
+                Operation::Decrypt { scheme, label, ciphertext } => {
+                    signer.decrypt(*scheme, label, ciphertext).map(Outcome::Secret)
+                }
+                Operation::Derive { peer, .. } => signer.derive(peer).map(Outcome::Secret),
+            },
+            State::Sealed(_) => Err(DeviceError::Sealed),
+        }
+    }
+
+    /// Signs `data`, hashing it as the scheme says.
+    pub fn sign(&self, scheme: Scheme, data: &[u8]) -> Result<Signature, DeviceError> {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Open(signer) => signer.sign(scheme, &Input::Message(Cow::Borrowed(data))),
+            State::Sealed(_) => Err(DeviceError::Sealed),
+        }
+    }
+
+    /// Replaces the key by what `seal` makes of its private values. Waits for signatures that are being made.
+    pub fn seal(&self, seal: Seal<'_>) -> Result<(), DeviceError> {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if let State::Open(signer) = &*state {
+            *state = State::Sealed(seal(&signer.secret()?)?);
+        }
+        Ok(())
+    }
+
+    /// Brings a sealed key back; `open` undoes what `seal` did.
+    pub fn unseal(&self, open: Open<'_>) -> Result<(), DeviceError> {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        if let State::Sealed(sealed) = &*state {
+            *state = State::Open(Signer::from_secret(self.key_type, &open(sealed)?)?);
+        }
+        Ok(())
+    }
+}
+
+impl Signer {
+    fn ed25519(seed: &[u8], public: &[u8]) -> Result<Self, DeviceError> {
+        if seed.len() != 32 {
+            return Err(MISMATCH);
+        }
+        let pair = Ed25519KeyPair::from_seed_and_public_key(seed, public).map_err(|_| MISMATCH)?;
+        Ok(Self::Ed25519 { pair, seed: Zeroizing::new(seed.into()) })
+    }
+
+    fn ecdsa(curve: Curve, scalar: &[u8], point: &[u8]) -> Result<Self, DeviceError> {
+        let zeros = curve.scalar_len().checked_sub(scalar.len()).ok_or(MISMATCH)?;
+        let mut fixed = Zeroizing::new(vec![0; curve.scalar_len()].into_boxed_slice());
+        fixed[zeros..].copy_from_slice(scalar);
+        let scheme = match curve {
+            Curve::P256 => &lc::ECDSA_P256_SHA256_FIXED_SIGNING,
+            Curve::P384 => &lc::ECDSA_P384_SHA384_FIXED_SIGNING,
+            Curve::P521 => &lc::ECDSA_P521_SHA512_FIXED_SIGNING,
+        };
+        let pair = EcdsaKeyPair::from_private_key_and_public_key(scheme, &fixed, point).map_err(|_| MISMATCH)?;
+        Ok(Self::Ecdsa { curve, pair, scalar: fixed })
+    }
+
+    /// The signer, and the public key that the seeds make.
+    fn mldsa44_ed25519(seeds: &[u8]) -> Result<(Self, Vec<u8>), DeviceError> {
+        let (ml_seed, ed_seed) = seeds.split_first_chunk::<32>().ok_or(MISMATCH)?;
+        if ed_seed.len() != 32 {
+            return Err(MISMATCH);
+        }
+        let (ml_public, mldsa) = ml_dsa_44::KG::keygen_from_seed(ml_seed);
+        let ed25519 = Ed25519KeyPair::from_seed_unchecked(ed_seed).map_err(|_| MISMATCH)?;
+        let public = [&ml_public.into_bytes()[..], ed25519.public_key().as_ref()].concat();
+        Ok((Self::MlDsa44Ed25519 { mldsa: Box::new(mldsa), ed25519, seeds: Zeroizing::new(seeds.into()) }, public))
+    }
+
+    /// The key, and the public key that the scalar makes.
+    fn x25519(scalar: &[u8]) -> Result<(Self, agreement::PublicKey), DeviceError> {
+        let key = agreement::PrivateKey::from_private_key(&agreement::X25519, scalar).map_err(|_| MISMATCH)?;
+        let public = key.compute_public_key().map_err(|_| MISMATCH)?;
+        Ok((Self::X25519 { key, scalar: Zeroizing::new(scalar.into()) }, public))
+    }
+
+    fn key_type(&self) -> KeyType {
+        match self {
+            Self::Ed25519Expanded(_) => KeyType::Ed25519Expanded,
+            Self::X25519 { .. } => KeyType::X25519,
+            Self::Ed25519 { .. } => KeyType::Ed25519,
+            Self::Ecdsa { curve, .. } => KeyType::Ecdsa(*curve),
+            Self::Rsa(_) => KeyType::Rsa,
+            Self::MlDsa44Ed25519 { .. } => KeyType::MlDsa44Ed25519,
+        }
+    }
+
+    fn sign(&self, scheme: Scheme, input: &Input<'_>) -> Result<Signature, DeviceError> {
+        let bytes = match (self, scheme) {
+            (Self::Ed25519 { pair, .. }, Scheme::Ed25519) => {
+                pair.try_sign(input.message().ok_or(WANTS_MESSAGE)?).map_err(|_| failed())?.as_ref().to_vec()
+            }
+            (Self::Ed25519 { seed, .. }, Scheme::Ed25519BlindedTor) => {
+                sign_blinded(&ExpandedKey::from_seed(seed).ok_or_else(failed)?, input)?
+            }
+            (Self::Ed25519Expanded(key), Scheme::Ed25519) => key.sign(input.message().ok_or(WANTS_MESSAGE)?).to_vec(),
+            (Self::Ed25519Expanded(key), Scheme::Ed25519BlindedTor) => sign_blinded(key, input)?,
+            (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(hash)) => {
+                let digest = input.ecdsa_digest(hash, *curve).ok_or(WRONG_DIGEST)?;
+                pair.sign_digest(&digest).map_err(|_| failed())?.as_ref().to_vec()
+            }
+            (Self::Rsa(key), _) => sign_rsa(key, scheme, input)?,
+            (Self::MlDsa44Ed25519 { mldsa, ed25519, .. }, Scheme::MlDsa44Ed25519) => {
+                let message = mldsa44_ed25519_message(input.message().ok_or(WANTS_MESSAGE)?);
+                let mut both = mldsa.try_sign(&message, MLDSA44_ED25519_LABEL).map_err(|_| failed())?.to_vec();
+                both.extend_from_slice(ed25519.try_sign(&message).map_err(|_| failed())?.as_ref());
+                both
+            }
+            _ => return Err(WRONG_SCHEME),
+        };
+        Signature::from_bytes(scheme, self.key_type(), bytes).ok_or_else(failed)
+    }
+
+    fn decrypt(
+        &self,
+        scheme: DecryptScheme,
+        label: &[u8],
+        ciphertext: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        let Self::Rsa(key) = self else { return Err(WRONG_SCHEME) };
+        if ciphertext.len() != key.size() {
+            return Err(WRONG_CIPHERTEXT);
+        }
+        match scheme {
+            DecryptScheme::RsaOaep(hash) => key.decrypt_oaep(hash, label, ciphertext).ok_or(NOT_FOR_THIS_KEY),
+            DecryptScheme::RsaPkcs1v15 => {
+                let encoded = key.decrypt_raw(ciphertext).ok_or(WRONG_CIPHERTEXT)?;
+                Ok(pkcs1::unpad(&encoded, ciphertext, &key.private_exponent().ok_or_else(failed)?))
+            }
+        }
+    }
+
+    fn derive(&self, peer: &[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        let made;
+        let (algorithm, key, len) = match self {
+            Self::X25519 { key, .. } => (&agreement::X25519, key, 32),
+            Self::Ecdsa { curve, scalar, .. } => {
+                let algorithm = match curve {
+                    Curve::P256 => &agreement::ECDH_P256,
+                    Curve::P384 => &agreement::ECDH_P384,
+                    Curve::P521 => &agreement::ECDH_P521,
+                };
+                // Made for each use: cheap beside the agreement, and most ECDSA keys never come here.
+                made = agreement::PrivateKey::from_private_key(algorithm, scalar).map_err(|_| failed())?;
+                (algorithm, &made, 1 + 2 * curve.scalar_len())
+            }
+            _ => return Err(WRONG_SCHEME),
+        };
+        // aws-lc-rs would take other forms of a point, too.
+        if peer.len() != len || matches!(self, Self::Ecdsa { .. }) && peer[0] != 4 {
+            return Err(WRONG_PEER);
+        }
+        agree(key, UnparsedPublicKey::new(algorithm, peer), WRONG_PEER, |secret| Ok(Zeroizing::new(secret.to_vec())))
+    }
+
+    /// The private values, from which [`Signer::from_secret`] makes the signer again.
+    fn secret(&self) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        Ok(match self {
+            Self::Ed25519 { seed, .. } => Zeroizing::new(seed.to_vec()),
+            // The scalar, then the point.
+            Self::Ecdsa { pair, scalar, .. } => {
+                let point = pair.public_key().as_ref();
+                let mut secret = Zeroizing::new(Vec::with_capacity(scalar.len() + point.len()));
+                secret.extend_from_slice(scalar);
+                secret.extend_from_slice(point);
+                secret
+            }
+            Self::Rsa(key) => {
+                key.to_der().ok_or_else(|| DeviceError::Failed("the RSA key could not be written".into()))?
+            }
+            Self::MlDsa44Ed25519 { seeds, .. } => Zeroizing::new(seeds.to_vec()),
+            Self::Ed25519Expanded(key) => Zeroizing::new(key.to_bytes().to_vec()),
+            Self::X25519 { scalar, .. } => Zeroizing::new(scalar.to_vec()),
+        })
+    }
+
+    fn from_secret(key_type: KeyType, secret: &[u8]) -> Result<Self, DeviceError> {
+        match key_type {
+            KeyType::Ed25519 => {
+                let pair = Ed25519KeyPair::from_seed_unchecked(secret).map_err(|_| MISMATCH)?;
+                Ok(Self::Ed25519 { pair, seed: Zeroizing::new(secret.into()) })
+            }
+            KeyType::Ecdsa(curve) => {
+                let (scalar, point) = secret.split_at_checked(curve.scalar_len()).ok_or(MISMATCH)?;
+                Self::ecdsa(curve, scalar, point)
+            }
+            KeyType::Rsa => Ok(Self::Rsa(RsaKey::from_der(secret).ok_or(MISMATCH)?)),
+            KeyType::MlDsa44Ed25519 => Ok(Self::mldsa44_ed25519(secret)?.0),
+            KeyType::Ed25519Expanded => {
+                let secret = secret.try_into().map_err(|_| MISMATCH)?;
+                ExpandedKey::new(secret).map(|key| Self::Ed25519Expanded(Box::new(key))).ok_or(MISMATCH)
+            }
+            KeyType::X25519 => Ok(Self::x25519(secret)?.0),
+            KeyType::SkEd25519 | KeyType::SkEcdsa => Err(MISMATCH),
+        }
+    }
+}
+
+/// The input is the parameter, then the message.
+fn sign_blinded(key: &ExpandedKey, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
+    const NO_PARAMETER: DeviceError =
+        DeviceError::unsupported("a blinded signature's input begins with the 32 bytes of its parameter");
+    let (parameter, message) = input.message().ok_or(WANTS_MESSAGE)?.split_first_chunk().ok_or(NO_PARAMETER)?;
+    Ok(key.sign_blinded(parameter, message).to_vec())
+}
+
+fn sign_rsa(key: &RsaKey, scheme: Scheme, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
+    const TOO_SHORT: DeviceError = DeviceError::unsupported("the key is too short for PSS with this hash");
+    match scheme {
+        Scheme::RsaPkcs1v15(hash) => {
+            key.sign_digest(hash, input.digest(hash).ok_or(WRONG_DIGEST)?.as_ref()).ok_or_else(failed)
+        }
+        Scheme::RsaPkcs1v15Raw => {
+            let max = key.size() - pkcs1::OVERHEAD;
+            if input.bytes().len() > max {
+                return Err(DeviceError::TooLong { max });
+            }
+            key.sign_raw(input.bytes()).ok_or_else(failed)
+        }
+        Scheme::RsaPss(hash) => {
+            // The shortest keys with SHA-512 are the only ones that PSS does not fit in.
+            key.sign_pss(hash, input.digest(hash).ok_or(WRONG_DIGEST)?.as_ref()).ok_or(TOO_SHORT)
+        }
+        _ => Err(WRONG_SCHEME),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{devices::verify::verify, public_key::PublicKey, rfc4251::Put};
+
+    fn composite() -> (SoftKey, Vec<u8>) {
+        let seeds = [[3; 32], [4; 32]].concat();
+        let (ml_public, _) = ml_dsa_44::KG::keygen_from_seed(&[3; 32]);
+        let ed25519 = Ed25519KeyPair::from_seed_unchecked(&[4; 32]).unwrap();
+        let (mldsa, ed25519) = (ml_public.into_bytes(), ed25519.public_key().as_ref().to_vec());
+        let parts = SoftParts::MlDsa44Ed25519 { seeds: &seeds, public: (&mldsa, &ed25519) };
+        (SoftKey::new(&parts).unwrap(), PublicKey::MlDsa44Ed25519(&mldsa, &ed25519).to_blob())
+    }
+
+    #[test]
+    fn the_composite_signs_with_both_halves_and_survives_a_lock() {
+        let (key, blob) = composite();
+        let public = PublicKey::parse(&blob).unwrap();
+        let signed = || match key.sign(Scheme::MlDsa44Ed25519, b"data").unwrap() {
+            Signature::MlDsa44Ed25519(bytes) => {
+                let mut signature = Vec::new();
+                signature.put_string(KeyType::MlDsa44Ed25519.name().as_bytes());
+                signature.put_string(&bytes);
+                signature
+            }
+            other => unreachable!("{other:?}"),
+        };
+        let signature = signed();
+        assert!(public.verify(b"data", &signature).is_ok());
+        assert!(public.verify(b"other", &signature).is_err());
+        let own_form = key.sign(Scheme::MlDsa44Ed25519, b"data").unwrap();
+        for (data, is_signed) in [(b"data", true), (b"else", false)] {
+            assert_eq!(verify(&blob, Scheme::MlDsa44Ed25519, &Input::Message(data.into()), &own_form), is_signed);
+        }
+        // Either half alone is no signature.
+        for at in [signature.len() - 1, signature.len() - 65] {
+            let mut broken = signature.clone();
+            broken[at] ^= 1;
+            assert!(public.verify(b"data", &broken).is_err());
+        }
+        key.seal(&mut |secret| Ok(secret.iter().map(|b| b ^ 0xff).collect())).unwrap();
+        assert_eq!(key.sign(Scheme::MlDsa44Ed25519, b"data"), Err(DeviceError::Sealed));
+        key.unseal(&mut |sealed| Ok(Zeroizing::new(sealed.iter().map(|b| b ^ 0xff).collect()))).unwrap();
+        assert!(public.verify(b"data", &signed()).is_ok());
+    }
+
+    #[test]
+    fn halves_that_do_not_belong_together_are_refused() {
+        let seeds = [[3; 32], [4; 32]].concat();
+        let (ml_public, _) = ml_dsa_44::KG::keygen_from_seed(&[5; 32]);
+        let parts = SoftParts::MlDsa44Ed25519 { seeds: &seeds, public: (&ml_public.into_bytes(), &[0; 32]) };
+        assert_eq!(SoftKey::new(&parts).unwrap_err(), MISMATCH);
+        let parts = SoftParts::Ed25519 { seed: &[1; 32], public: &[2; 32] };
+        assert_eq!(SoftKey::new(&parts).unwrap_err(), MISMATCH);
+        assert_eq!(
+            composite().0.sign(Scheme::Ed25519, b"").unwrap_err().to_string().split(':').next(),
+            Some("the key cannot do this")
+        );
+    }
+}

@@ -1,0 +1,299 @@
+//! Logins to devices: where a PIN comes from, one login at a time for a device, no PIN twice. Knows devices, prompts and
+//! marks; never which key the login is for.
+
+use std::{
+    collections::BTreeMap,
+    io::Read,
+    path::{Path, PathBuf},
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use secrecy::{ExposeSecret, SecretString};
+use tokio::{sync::broadcast, task::spawn_blocking, time::timeout};
+use tracing::{info, warn};
+use zeroize::Zeroizing;
+
+use super::{
+    Vault,
+    key::Caller,
+    policy::{self, Refusal},
+    store::MarkError,
+};
+use crate::devices::{Device, DeviceError, Status};
+
+/// The longest PIN, in bytes.
+const MAX_PIN: usize = 1024;
+/// How long reading a PIN from a file may take.
+const FILE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Where a device's PIN comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum PinSource {
+    /// A person is asked when it is first needed.
+    #[default]
+    Prompt,
+    /// The first line of a file.
+    File(PathBuf),
+    /// A credential of systemd's, by its name (systemd.exec(5), CREDENTIALS).
+    Credential(String),
+}
+
+/// Logins under way and PINs that were accepted, by device.
+#[derive(Default)]
+pub(super) struct Pins(Mutex<BTreeMap<String, Entry>>);
+
+#[derive(Default)]
+struct Entry {
+    source: PinSource,
+    /// A login under way: its outcome, for everybody who waits for it.
+    login: Option<Arc<Outcome>>,
+    /// The PIN that the token with this serial last accepted: the device is logged in to again with it when its driver
+    /// was restarted.
+    accepted: Option<(String, SecretString)>,
+}
+
+/// Those who wait are told in the order of their waiting, so that simulations replay.
+type Outcome = broadcast::Sender<Result<(), Refusal>>;
+
+/// A PIN to try, and whether a person has just typed it.
+struct Candidate {
+    pin: SecretString,
+    typed: bool,
+}
+
+impl Pins {
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, device: &Device, act: impl FnOnce(&mut Entry) -> T) -> T {
+        act(self.entries().entry(device.name().to_owned()).or_default())
+    }
+}
+
+impl Vault {
+    /// Says where the PIN of a device comes from.
+    pub fn set_pin_source(&self, device: &Device, source: PinSource) {
+        self.pins.with(device, |entry| entry.source = source);
+    }
+
+    /// `prompt`, `file` or `credential`.
+    pub fn password_source(&self, device: &Device) -> &'static str {
+        self.pins.with(device, |entry| match entry.source {
+            PinSource::Prompt => "prompt",
+            PinSource::File(_) => "file",
+            PinSource::Credential(_) => "credential",
+        })
+    }
+
+    /// Wipes the PIN of a device and has it ask for it again.
+    pub async fn lock_device(&self, device: &Device) -> Result<(), Refusal> {
+        self.pins.with(device, |entry| entry.accepted = None);
+        Ok(device.lock().await?)
+    }
+
+    /// Wipes the PINs of these devices, and allows those that were refused or whose outcome is not known to be sent again.
+    pub async fn forget_pins_of(&self, devices: &[Device]) -> Result<(), Refusal> {
+        for device in devices {
+            self.pins.with(device, |entry| entry.accepted = None);
+            let serial = device.state().status.as_ref().map(|status| status.serial.clone()).unwrap_or_default();
+            self.store.forget_pins(&serial).await.map_err(|error| Refusal::NoPin(error.to_string()))?;
+            // A device that is away has nothing to forget.
+            let _ = device.lock().await;
+        }
+        Ok(())
+    }
+
+    /// Wipes all PINs and has the devices ask for them again.
+    pub(super) fn forget_pins(&self) {
+        for entry in self.pins.entries().values_mut() {
+            entry.accepted = None;
+        }
+        let unlocked = |device: &Device| device.state().status.as_ref().is_some_and(|status| !status.locked);
+        for device in self.devices().into_iter().filter(unlocked) {
+            // A device that does not take the time to log out is not used while the vault is locked all the same.
+            let lock = async move { drop(device.lock().await) };
+            if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+                runtime.spawn(lock);
+            }
+        }
+    }
+
+    /// Logs in to a device, or waits for the login that is under way: a hundred callers make one prompt. Dropping the
+    /// future gives up; when nobody waits any more, an open prompt closes, but a PIN that was sent runs its course.
+    pub(super) async fn login(self: &Arc<Self>, device: &Device, caller: &Arc<Caller>) -> Result<(), Refusal> {
+        self.join_login(device, caller, None).await
+    }
+
+    /// Logs in to a device with a PIN that a person has just given.
+    pub async fn unlock_device(
+        self: &Arc<Self>,
+        device: &Device,
+        caller: &Arc<Caller>,
+        pin: SecretString,
+    ) -> Result<(), Refusal> {
+        self.check_open()?;
+        self.join_login(device, caller, Some(pin)).await
+    }
+
+    async fn join_login(
+        self: &Arc<Self>,
+        device: &Device,
+        caller: &Arc<Caller>,
+        pin: Option<SecretString>,
+    ) -> Result<(), Refusal> {
+        let mut outcome = self.pins.with(device, |entry| match (&entry.login, &pin) {
+            (Some(login), None) => Ok(login.subscribe()),
+            // Its PIN may be another one than the one that is being tried.
+            (Some(_), Some(_)) => Err(Refusal::from(DeviceError::Busy)),
+            (None, _) => {
+                let login = Arc::new(Outcome::new(1));
+                let outcome = login.subscribe();
+                entry.login = Some(Arc::clone(&login));
+                tokio::spawn(Arc::clone(self).log_in(device.clone(), Arc::clone(caller), pin, login));
+                Ok(outcome)
+            }
+        })?;
+        outcome.recv().await.unwrap_or(Err(Refusal::Timeout))
+    }
+
+    /// The login itself: a task of its own, so that a caller that hangs up leaves no PIN half tried.
+    async fn log_in(
+        self: Arc<Self>,
+        device: Device,
+        caller: Arc<Caller>,
+        mut given: Option<SecretString>,
+        outcome: Arc<Outcome>,
+    ) {
+        let mut locks = pin!(self.locks.notified());
+        let candidate = loop {
+            tokio::select! {
+                biased;
+                () = &mut locks => break Err(self.check_open().err().unwrap_or(Refusal::Locked)),
+                candidate = self.candidate(&device, &caller, given.take()) => break candidate,
+                () = outcome.closed() => {}
+            }
+            let nobody_came_back = self.pins.with(&device, |entry| {
+                let nobody = outcome.receiver_count() == 0;
+                if nobody {
+                    entry.login = None;
+                }
+                nobody
+            });
+            if nobody_came_back {
+                return;
+            }
+        };
+        let result = match (candidate, self.check_open()) {
+            (Ok(candidate), Ok(())) => self.try_pin(&device, candidate).await,
+            (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
+        };
+        self.pins.with(&device, |entry| entry.login = None);
+        let _ = outcome.send(result);
+    }
+
+    /// The PIN to try: what was given, else what the token accepted before, else what the configuration says.
+    async fn candidate(
+        &self,
+        device: &Device,
+        caller: &Caller,
+        given: Option<SecretString>,
+    ) -> Result<Candidate, Refusal> {
+        let status = device.state().status.clone().unwrap_or_default();
+        if status.tries_left == Some(0) {
+            return Err(DeviceError::PinBlocked.into());
+        }
+        if let Some(pin) = given {
+            return Ok(Candidate { pin, typed: true });
+        }
+        let (source, accepted) = self.pins.with(device, |entry| {
+            let accepted = entry.accepted.as_ref().filter(|(serial, _)| *serial == status.serial);
+            (entry.source.clone(), accepted.map(|(_, pin)| pin.clone()))
+        });
+        let alone = accepted.is_some() || source != PinSource::Prompt;
+        if alone && status.tries_left == Some(1) {
+            return Err(Refusal::LastTry(device.name().to_owned()));
+        }
+        let read = |path: PathBuf| async move {
+            let read = timeout(FILE_PATIENCE, spawn_blocking(move || read_pin(&path))).await;
+            read.ok().and_then(Result::ok).unwrap_or_else(|| Err("the file system does not answer".to_owned()))
+        };
+        let pin = match (accepted, source) {
+            (Some(pin), _) => pin,
+            (None, PinSource::Prompt) => {
+                let question = policy::device_pin_question(device, &status, caller);
+                let pin = self.prompter.pin(caller.uid, &question).await?;
+                return Ok(Candidate { pin, typed: true });
+            }
+            (None, PinSource::File(path)) => read(path).await.map_err(Refusal::NoPin)?,
+            (None, PinSource::Credential(name)) => read(credential(&name)?).await.map_err(Refusal::NoPin)?,
+        };
+        Ok(Candidate { pin, typed: false })
+    }
+
+    /// Sends a PIN, once. Unless the device says that it is right, it is never sent again by itself.
+    async fn try_pin(&self, device: &Device, candidate: Candidate) -> Result<(), Refusal> {
+        let Status { serial, .. } = device.state().status.clone().unwrap_or_default();
+        let Candidate { pin, typed } = candidate;
+        let attempt = match self.store.begin(&serial, &pin, typed).await {
+            Ok(attempt) => attempt,
+            Err(MarkError::Refused) => return Err(Refusal::PinRefusedBefore(device.name().to_owned())),
+            Err(MarkError::Pending) => return Err(Refusal::PinUncertain(device.name().to_owned())),
+            Err(error) => return Err(Refusal::NoPin(error.to_string())),
+        };
+        match device.unlock(pin.clone()).await {
+            Ok(()) => {
+                if let Err(error) = attempt.accepted().await {
+                    warn!(device = device.name(), "the PIN was right, but that could not be written down: {error}");
+                }
+                info!(device = device.name(), "logged in");
+                if self.check_open().is_ok() {
+                    self.pins.with(device, |entry| entry.accepted = Some((serial, pin)));
+                }
+                Ok(())
+            }
+            Err(error) => {
+                warn!(device = device.name(), "the login failed: {error}");
+                self.pins.with(device, |entry| entry.accepted = None);
+                // What else went wrong leaves open whether a try was spent: the mark stays.
+                if let DeviceError::PinWrong { .. } | DeviceError::PinBlocked = error
+                    && let Err(error) = attempt.refused().await
+                {
+                    warn!(device = device.name(), "the refused PIN stays marked as uncertain: {error}");
+                }
+                Err(error.into())
+            }
+        }
+    }
+}
+
+fn credential(name: &str) -> Result<PathBuf, Refusal> {
+    match std::env::var_os("CREDENTIALS_DIRECTORY") {
+        Some(directory) => Ok(Path::new(&directory).join(name)),
+        None => Err(Refusal::NoPin("systemd passed no credentials; name it with LoadCredential= in the unit".into())),
+    }
+}
+
+/// The first line of a file, with the reason for a person when there is none.
+fn read_pin(path: &Path) -> Result<SecretString, String> {
+    let failed = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
+    let mut bytes = Zeroizing::new(vec![0; MAX_PIN + 1]);
+    let mut file = std::fs::File::open(path).map_err(|e| failed(&e))?;
+    let mut len = 0;
+    while len < bytes.len() {
+        match file.read(&mut bytes[len..]).map_err(|e| failed(&e))? {
+            0 => break,
+            n => len += n,
+        }
+    }
+    let line = bytes[..len].split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
+    if line.is_empty() || line.len() > MAX_PIN {
+        return Err(failed(&"its first line is no PIN"));
+    }
+    let pin = std::str::from_utf8(line).map_err(|_| failed(&"the PIN is not UTF-8"))?;
+    let pin = SecretString::from(Box::<str>::from(pin));
+    debug_assert!(!pin.expose_secret().is_empty());
+    Ok(pin)
+}
