@@ -370,7 +370,7 @@ fn what_is_cancelled_is_not_heard_of() {
             tickets.push(peer.accept());
             let Request::Cancel(id) = request(&peer.frame().unwrap()) else { panic!("no cancel") };
             cancelled.push(id);
-            peer.reply(Name::Cancel, Ok(&Cancelled::Dropped));
+            peer.reply(Name::Cancel, Ok(&Cancelled::Abandoned));
         }
         peer.expect_collect();
         // All the same, all of them come.

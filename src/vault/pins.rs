@@ -19,6 +19,7 @@ use super::{
     Vault,
     key::Caller,
     policy::{self, Refusal},
+    sign::identified,
     store::MarkError,
 };
 use crate::devices::{Device, DeviceError, Status};
@@ -198,7 +199,7 @@ impl Vault {
     async fn candidate(
         &self,
         device: &Device,
-        caller: &Caller,
+        caller: &Arc<Caller>,
         given: Option<SecretString>,
     ) -> Result<Candidate, Refusal> {
         let status = device.state().status.clone().unwrap_or_default();
@@ -223,7 +224,7 @@ impl Vault {
         let pin = match (accepted, source) {
             (Some(pin), _) => pin,
             (None, PinSource::Prompt) => {
-                let question = policy::device_pin_question(device, &status, caller);
+                let question = policy::device_pin_question(device, &status, &identified(caller));
                 let pin = self.prompter.pin(caller.uid, &question).await?;
                 return Ok(Candidate { pin, typed: true });
             }

@@ -286,7 +286,7 @@ impl Vault {
 }
 
 /// The caller with its program's name, for a question to a person.
-fn identified(caller: &Arc<Caller>) -> Arc<Caller> {
+pub(super) fn identified(caller: &Arc<Caller>) -> Arc<Caller> {
     match (&caller.program, caller.pid) {
         (None, Some(pid)) => Arc::new(Caller { program: peer::program(pid), ..Caller::clone(caller) }),
         _ => Arc::clone(caller),
