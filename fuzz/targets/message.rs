@@ -17,13 +17,25 @@ use strongroom::{
 };
 use zeroize::Zeroizing;
 
+/// An answer that reads has the length it claims, and reads again. A macro, since what is read again lives shorter.
+macro_rules! answer {
+    ($answer:ty, $name:expr, $body:expr) => {
+        if let Ok(Ok(answer)) = read_reply::<$answer>($name, $body) {
+            let mut out = Vec::new();
+            answer.put(&mut out);
+            assert_eq!(out.len(), answer.encoded_len());
+            assert!(<$answer>::read(&mut Reader::new(&out)).is_ok());
+        }
+    };
+}
+
 fuzz_target!(|body: &[u8]| {
-    answer::<Page<KeyEntry<'_>>>(Name::Keys, body);
-    answer::<Page<DeviceEntry<'_>>>(Name::Devices, body);
-    answer::<Vec<RefusalEntry<'_>>>(Name::Why, body);
-    answer::<Collected>(Name::Collect, body);
-    answer::<Cancelled>(Name::Cancel, body);
-    answer::<Zeroizing<Vec<u8>>>(Name::Sign, body);
+    answer!(Page<KeyEntry<'_>>, Name::Keys, body);
+    answer!(Page<DeviceEntry<'_>>, Name::Devices, body);
+    answer!(Vec<RefusalEntry<'_>>, Name::Why, body);
+    answer!(Collected, Name::Collect, body);
+    answer!(Cancelled, Name::Cancel, body);
+    answer!(Zeroizing<Vec<u8>>, Name::Sign, body);
     for name in compatible::Name::ALL {
         let _ = compatible::read_result(*name, body);
     }
@@ -57,13 +69,4 @@ fn extension(body: &[u8]) -> Result<(&[u8], &[u8]), WireError> {
         return Err(WireError::Truncated);
     }
     Ok((r.string()?, r.rest()))
-}
-
-fn answer<'a, T: Answer<'a>>(name: Name, body: &'a [u8]) {
-    if let Ok(Ok(answer)) = read_reply::<T>(name, body) {
-        let mut out = Vec::new();
-        answer.put(&mut out);
-        assert_eq!(out.len(), answer.encoded_len());
-        assert!(T::read(&mut Reader::new(&out)).is_ok());
-    }
 }
