@@ -21,6 +21,8 @@ use tokio::runtime;
 use zeroize::Zeroizing;
 
 use super::wire::{self, Answer, Frame, FrameError, MAX_LANES, Request, SPARE_CALLS};
+#[cfg(feature = "scripted")]
+use crate::devices::scripted::Scripted;
 use crate::{
     devices::{
         DeviceError, Driver,
@@ -84,6 +86,8 @@ type Run = fn(UnixStream) -> Result<Infallible, ChildError>;
 /// The drivers that run in processes of their own.
 fn driver(kind: &str) -> Option<Run> {
     match kind {
+        #[cfg(feature = "scripted")]
+        Scripted::KIND => Some(run::<Scripted>),
         _ => None,
     }
 }
