@@ -6,7 +6,9 @@
 use std::{
     collections::{BTreeMap, HashMap},
     ffi::{OsStr, OsString},
+    fmt,
     path::Path,
+    pin::Pin,
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -127,10 +129,25 @@ impl Default for Settings {
     }
 }
 
+/// Asks people in another way than through askpass. Dropping a future closes its question.
+pub trait Asker: fmt::Debug + Send + Sync + 'static {
+    /// Asks for a yes or no; no is [`PromptError::Denied`].
+    fn confirm(&self, text: &str) -> Asking<Result<(), PromptError>>;
+    /// Asks for a PIN that is not empty.
+    fn pin(&self, text: &str) -> Asking<Result<SecretString, PromptError>>;
+    /// Shows a message for as long as the future lives and does not complete.
+    fn notice(&self, text: &str) -> Asking<()>;
+}
+
+/// A question that is open.
+pub type Asking<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
 /// Asks people. Cheap to clone; clones share the limit on open questions.
 #[derive(Clone, Debug)]
 pub struct Prompter {
     settings: Arc<Settings>,
+    /// Who asks in place of askpass.
+    asker: Option<Arc<dyn Asker>>,
     questions: Arc<Open>,
     notices: Arc<Open>,
 }
@@ -138,13 +155,21 @@ pub struct Prompter {
 impl Prompter {
     /// A prompter with no question open.
     pub fn new(settings: Settings) -> Self {
-        Self { settings: Arc::new(settings), questions: Arc::default(), notices: Arc::default() }
+        Self { settings: Arc::new(settings), asker: None, questions: Arc::default(), notices: Arc::default() }
+    }
+
+    /// A prompter that has `asker` ask, within the time and the number that the settings allow.
+    pub fn through(settings: Settings, asker: impl Asker) -> Self {
+        Self { asker: Some(Arc::new(asker)), ..Self::new(settings) }
     }
 
     /// Asks for a yes or no on behalf of `uid`. Dropping the future closes the question.
     ///
     /// Yes is an askpass that exits with 0 and prints nothing or `yes` (in any case).
     pub async fn confirm(&self, uid: u32, text: &str) -> Result<(), PromptError> {
+        if let Some(asker) = &self.asker {
+            return self.wait(uid, asker.confirm(&printable(text))).await;
+        }
         let answer = self.ask(uid, text, Some("confirm")).await?;
         let line = first_line(&answer);
         if line.is_empty() || line.eq_ignore_ascii_case(b"yes") { Ok(()) } else { Err(PromptError::Denied) }
@@ -153,6 +178,9 @@ impl Prompter {
     /// Asks for a PIN on behalf of `uid`: the first line that askpass prints. An empty one is [`PromptError::Denied`]:
     /// sent to a device, it could cost a try. Dropping the future closes the question.
     pub async fn pin(&self, uid: u32, text: &str) -> Result<SecretString, PromptError> {
+        if let Some(asker) = &self.asker {
+            return self.wait(uid, asker.pin(&printable(text))).await;
+        }
         let answer = self.ask(uid, text, None).await?;
         match std::str::from_utf8(first_line(&answer)) {
             Ok("") | Err(_) => Err(PromptError::Denied),
@@ -164,6 +192,15 @@ impl Prompter {
     /// so the caller goes on without it. Never blocks; needs a Tokio runtime around it.
     pub fn notice(&self, uid: u32, text: &str) -> Option<Notice> {
         let runtime = Handle::try_current().ok()?;
+        if let Some(asker) = &self.asker {
+            let slot = self.notices.take(uid, self.settings.max_per_uid)?;
+            let shown = asker.notice(&printable(text));
+            let task = runtime.spawn(async move {
+                shown.await;
+                drop(slot);
+            });
+            return Some(Notice(task.abort_handle()));
+        }
         self.settings.permit().inspect_err(|reason| tracing::debug!("no notice: {reason}")).ok()?;
         let slot = self.notices.take(uid, self.settings.max_per_uid)?;
         let (settings, text) = (self.settings.clone(), printable(text));
@@ -174,6 +211,12 @@ impl Prompter {
             }
         });
         Some(Notice(task.abort_handle()))
+    }
+
+    /// Waits for an [`Asker`]'s answer.
+    async fn wait<T>(&self, uid: u32, asking: Asking<Result<T, PromptError>>) -> Result<T, PromptError> {
+        let _slot = self.questions.take(uid, self.settings.max_per_uid).ok_or(PromptError::TooMany)?;
+        timeout(self.settings.timeout, asking).await.unwrap_or(Err(PromptError::TimedOut))
     }
 
     async fn ask(&self, uid: u32, text: &str, hint: Option<&'static str>) -> Result<Zeroizing<Vec<u8>>, PromptError> {

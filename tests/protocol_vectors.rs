@@ -1,5 +1,5 @@
 //! The codecs against tests/vectors/messages.txt, whose frames were made from docs/protocol.md without them.
-#![allow(clippy::unwrap_used, reason = "a test may stop here")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may stop here")]
 
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 

@@ -400,14 +400,15 @@ pub fn put_signature_blob(out: &mut Vec<u8>, signature: &Signature) {
 /// OpenSSH's clients refuse a listing with more identities.
 const MAX_LISTED: usize = 2048;
 
-/// The whole frame of SSH_AGENT_IDENTITIES_ANSWER. It stops where OpenSSH's clients would refuse it: at 2,048
+/// The whole frame of SSH_AGENT_IDENTITIES_ANSWER, without the keys that ssh has no use for. It stops where OpenSSH's clients would refuse it: at 2,048
 /// identities or 256 KiB; `left_out` is told how many remain.
 pub fn identities_answer(identities: &[Arc<Identity>], left_out: impl FnOnce(usize)) -> Vec<u8> {
     // The frame's length, its number and the count.
     const HEAD: usize = 4 + 1 + 4;
     let mut out = vec![0; HEAD];
     let mut count = 0;
-    for identity in identities.iter().take(MAX_LISTED) {
+    let offered = || identities.iter().filter(|identity| identity.key_type.is_ssh());
+    for identity in offered().take(MAX_LISTED) {
         let more = 8 + identity.blob.len() + identity.comment().len();
         if out.len() + more > super::frame::MAX_FRAME {
             break;
@@ -416,8 +417,9 @@ pub fn identities_answer(identities: &[Arc<Identity>], left_out: impl FnOnce(usi
         out.put_string(identity.comment());
         count += 1;
     }
-    if count < identities.len() {
-        left_out(identities.len() - count);
+    let wanted = offered().count();
+    if count < wanted {
+        left_out(wanted - count);
     }
     let len = u32::try_from(out.len() - 4).unwrap_or(u32::MAX);
     out[..4].copy_from_slice(&len.to_be_bytes());

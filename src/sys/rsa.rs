@@ -316,7 +316,7 @@ impl RsaKey {
     }
 
     /// RSADP (RFC 8017, 5.1.2): what was encrypted, with its padding, as long as the modulus. `None` when the ciphertext
-    /// is of another length, or no number below the modulus.
+    /// is of another length, no number below the modulus, or one that is its own plaintext (0, 1 and the modulus less 1).
     pub fn decrypt_raw(&self, ciphertext: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
         let mut out = Zeroizing::new(vec![0; self.size()]);
         let mut len = 0;

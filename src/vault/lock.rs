@@ -36,7 +36,7 @@ impl Vault {
             state.check_open()?;
             state.seal = Seal::Changing;
         }
-        self.locks.send_modify(|count| *count += 1);
+        self.locks.notify_waiters();
         self.forget_pins();
         // A task of its own: a caller that hangs up does not leave the vault half locked.
         let vault = Arc::clone(&self);

@@ -24,7 +24,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, Semaphore, watch},
+    sync::{Notify, Semaphore},
     time::{Instant, sleep, timeout},
 };
 use tracing::{debug, info};
@@ -122,8 +122,9 @@ pub struct Vault {
     prompter: Prompter,
     store: Store,
     lock_cost: seal::Cost,
-    /// Counts the locks, and the end of the vault; whoever waits for a device or a person watches it.
-    locks: watch::Sender<u64>,
+    /// Tells of each lock, and of the end of the vault, whoever waits for a device or a person: in the order of their
+    /// waiting, so that simulations replay.
+    locks: Arc<Notify>,
     /// Wakes the expiry clock when a lifetime begins.
     lifetimes: Notify,
     pins: Pins,
@@ -176,7 +177,7 @@ impl Vault {
             prompter,
             store,
             lock_cost,
-            locks: watch::Sender::new(0),
+            locks: Arc::default(),
             lifetimes: Notify::new(),
             pins: Pins::default(),
             why: Why::default(),
@@ -295,7 +296,7 @@ impl Vault {
     /// Refuses everything from now on, what waits included.
     pub fn begin_end(&self) {
         self.write().ending = true;
-        self.locks.send_modify(|count| *count += 1);
+        self.locks.notify_waiters();
         self.forget_pins();
     }
 

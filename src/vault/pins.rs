@@ -5,12 +5,13 @@ use std::{
     collections::BTreeMap,
     io::Read,
     path::{Path, PathBuf},
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use secrecy::{ExposeSecret, SecretString};
-use tokio::{sync::watch, task::spawn_blocking, time::timeout};
+use tokio::{sync::broadcast, task::spawn_blocking, time::timeout};
 use tracing::{info, warn};
 use zeroize::Zeroizing;
 
@@ -18,6 +19,7 @@ use super::{
     Vault,
     key::Caller,
     policy::{self, Refusal},
+    sign::identified,
     store::MarkError,
 };
 use crate::devices::{Device, DeviceError, Status};
@@ -53,7 +55,8 @@ struct Entry {
     accepted: Option<(String, SecretString)>,
 }
 
-type Outcome = watch::Sender<Option<Result<(), Refusal>>>;
+/// Those who wait are told in the order of their waiting, so that simulations replay.
+type Outcome = broadcast::Sender<Result<(), Refusal>>;
 
 /// A PIN to try, and whether a person has just typed it.
 struct Candidate {
@@ -147,17 +150,14 @@ impl Vault {
             // Its PIN may be another one than the one that is being tried.
             (Some(_), Some(_)) => Err(Refusal::from(DeviceError::Busy)),
             (None, _) => {
-                let login = Arc::new(watch::Sender::new(None));
+                let login = Arc::new(Outcome::new(1));
                 let outcome = login.subscribe();
                 entry.login = Some(Arc::clone(&login));
                 tokio::spawn(Arc::clone(self).log_in(device.clone(), Arc::clone(caller), pin, login));
                 Ok(outcome)
             }
         })?;
-        match outcome.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.clone().unwrap_or(Err(Refusal::Timeout)),
-            Err(_) => Err(Refusal::Timeout),
-        }
+        outcome.recv().await.unwrap_or(Err(Refusal::Timeout))
     }
 
     /// The login itself: a task of its own, so that a caller that hangs up leaves no PIN half tried.
@@ -168,11 +168,11 @@ impl Vault {
         mut given: Option<SecretString>,
         outcome: Arc<Outcome>,
     ) {
-        let mut locks = self.locks.subscribe();
+        let mut locks = pin!(self.locks.notified());
         let candidate = loop {
             tokio::select! {
                 biased;
-                _ = locks.changed() => break Err(self.check_open().err().unwrap_or(Refusal::Locked)),
+                () = &mut locks => break Err(self.check_open().err().unwrap_or(Refusal::Locked)),
                 candidate = self.candidate(&device, &caller, given.take()) => break candidate,
                 () = outcome.closed() => {}
             }
@@ -192,14 +192,14 @@ impl Vault {
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
         self.pins.with(&device, |entry| entry.login = None);
-        outcome.send_replace(Some(result));
+        let _ = outcome.send(result);
     }
 
     /// The PIN to try: what was given, else what the token accepted before, else what the configuration says.
     async fn candidate(
         &self,
         device: &Device,
-        caller: &Caller,
+        caller: &Arc<Caller>,
         given: Option<SecretString>,
     ) -> Result<Candidate, Refusal> {
         let status = device.state().status.clone().unwrap_or_default();
@@ -224,7 +224,7 @@ impl Vault {
         let pin = match (accepted, source) {
             (Some(pin), _) => pin,
             (None, PinSource::Prompt) => {
-                let question = policy::device_pin_question(device, &status, caller);
+                let question = policy::device_pin_question(device, &status, &identified(caller));
                 let pin = self.prompter.pin(caller.uid, &question).await?;
                 return Ok(Candidate { pin, typed: true });
             }

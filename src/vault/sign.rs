@@ -4,7 +4,7 @@
 use std::{borrow::Cow, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::watch,
+    sync::futures::OwnedNotified,
     time::{Instant, timeout_at},
 };
 use tracing::debug;
@@ -114,7 +114,7 @@ impl Vault {
             return Answer::Now(signature.map(Outcome::Signature).map_err(Refusal::from));
         }
         // From here on a lock is noticed; one that came first is found by looking again.
-        let locks = self.locks.subscribe();
+        let locks = Arc::clone(&self.locks).notified_owned();
         if let Err(refusal) = self.check_open() {
             return Answer::Now(Err(refusal));
         }
@@ -149,7 +149,7 @@ impl Vault {
         self: Arc<Self>,
         identity: Arc<Identity>,
         errand: Errand,
-        mut locks: watch::Receiver<u64>,
+        locks: OwnedNotified,
     ) -> Result<Outcome, Refusal> {
         let work = async {
             let identity = match &errand.verdict.confirm {
@@ -160,7 +160,7 @@ impl Vault {
         };
         tokio::select! {
             biased;
-            _ = locks.changed() => Err(self.check_open().err().unwrap_or(Refusal::Locked)),
+            () = locks => Err(self.check_open().err().unwrap_or(Refusal::Locked)),
             result = timeout_at(errand.deadline, work) => result.unwrap_or(Err(Refusal::Timeout)),
         }
     }
@@ -286,7 +286,7 @@ impl Vault {
 }
 
 /// The caller with its program's name, for a question to a person.
-fn identified(caller: &Arc<Caller>) -> Arc<Caller> {
+pub(super) fn identified(caller: &Arc<Caller>) -> Arc<Caller> {
     match (&caller.program, caller.pid) {
         (None, Some(pid)) => Arc::new(Caller { program: peer::program(pid), ..Caller::clone(caller) }),
         _ => Arc::clone(caller),

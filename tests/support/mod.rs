@@ -1,5 +1,5 @@
 //! What the integration tests share: an agent under test, OpenSSH's programs pointed at it, a client that speaks the
-//! protocol byte by byte, an askpass that the test answers, and sshd on loopback.
+//! protocol byte by byte, an askpass that the test answers, sshd on loopback, and soft keys without an agent.
 //!
 //! `STRONGROOM_TEST_AGENT=/usr/bin/ssh-agent` runs the same tests against another agent.
 #![allow(dead_code, unreachable_pub, clippy::print_stderr, reason = "each test program uses its own part of this")]
@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod askpass;
 pub mod client;
+pub mod soft;
 pub mod sshd;
 
 use std::{

@@ -40,6 +40,13 @@ pub trait Hosted: Driver {
     fn config(bytes: &[u8]) -> Result<Self::Config, DeviceError>;
 }
 
+#[cfg(feature = "scripted")]
+impl Hosted for Scripted {
+    fn config(bytes: &[u8]) -> Result<Self::Config, DeviceError> {
+        Self::child_config(bytes)
+    }
+}
+
 /// Why a device's process could not begin, or ended before the daemon did.
 #[derive(Debug, Error)]
 pub enum ChildError {
@@ -139,7 +146,7 @@ fn read_requests(mut socket: UnixStream, requests: &Requests) -> Result<(), Chil
         let full = |_| ChildError::Misplaced("more calls than there is room for");
         match wire::decode_request(&body)? {
             (wire::OPEN_ID, Request::Open(config)) if !opened => {
-                requests.config.try_send(config).map_err(|_| ChildError::Misplaced("a second configuration"))?
+                requests.config.try_send(config).map_err(|_| ChildError::Misplaced("a second configuration"))?;
             }
             (id, Request::Call(call)) if opened => requests.calls.try_send((id, call)).map_err(full)?,
             _ => return Err(ChildError::Misplaced("a frame out of order")),

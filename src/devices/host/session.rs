@@ -183,7 +183,6 @@ async fn run(
     log: Option<JoinHandle<()>>,
     end: watch::Sender<Option<String>>,
 ) {
-    let exited = child.exited();
     let broken = {
         let (mut input, mut output) = socket.split();
         let mut answers = std::pin::pin!(read_answers(&mut input, &calls));
@@ -206,13 +205,11 @@ async fn run(
         Some(broken) => broken.reason(end_of(&child).await),
     };
     child.kill();
-    let exited = async {
-        exited.await;
-    };
-    tokio::pin!(exited);
-    let _ = timeout(LINGER, &mut exited).await;
+    let gone = timeout(LINGER, child.exited()).await.is_ok();
     end.send_replace(Some(reason));
-    exited.await;
+    if !gone {
+        child.exited().await;
+    }
     if let Some(log) = log {
         let _ = log.await;
     }

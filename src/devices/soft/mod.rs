@@ -87,7 +87,7 @@ enum Signer {
     Ecdsa { curve: Curve, pair: EcdsaKeyPair, scalar: Zeroizing<Box<[u8]>> },
     Rsa(RsaKey),
     MlDsa44Ed25519 { mldsa: Box<ml_dsa_44::PrivateKey>, ed25519: Ed25519KeyPair, seeds: Zeroizing<Box<[u8]>> },
-    Ed25519Expanded(ExpandedKey),
+    Ed25519Expanded(Box<ExpandedKey>),
     X25519 { key: agreement::PrivateKey, scalar: Zeroizing<Box<[u8]>> },
 }
 
@@ -132,7 +132,7 @@ impl SoftKey {
                 if key.public() != *public {
                     return Err(MISMATCH);
                 }
-                Signer::Ed25519Expanded(key)
+                Signer::Ed25519Expanded(Box::new(key))
             }
             SoftParts::X25519 { secret, public } => {
                 let (signer, made) = Signer::x25519(secret)?;
@@ -400,7 +400,7 @@ impl Signer {
             KeyType::MlDsa44Ed25519 => Ok(Self::mldsa44_ed25519(secret)?.0),
             KeyType::Ed25519Expanded => {
                 let secret = secret.try_into().map_err(|_| MISMATCH)?;
-                ExpandedKey::new(secret).map(Self::Ed25519Expanded).ok_or(MISMATCH)
+                ExpandedKey::new(secret).map(|key| Self::Ed25519Expanded(Box::new(key))).ok_or(MISMATCH)
             }
             KeyType::X25519 => Ok(Self::x25519(secret)?.0),
             KeyType::SkEd25519 | KeyType::SkEcdsa => Err(MISMATCH),
@@ -441,7 +441,7 @@ fn sign_rsa(key: &RsaKey, scheme: Scheme, input: &Input<'_>) -> Result<Vec<u8>, 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::{public_key::PublicKey, rfc4251::Put};
+    use crate::{devices::verify::verify, public_key::PublicKey, rfc4251::Put};
 
     fn composite() -> (SoftKey, Vec<u8>) {
         let seeds = [[3; 32], [4; 32]].concat();
@@ -468,6 +468,10 @@ mod tests {
         let signature = signed();
         assert!(public.verify(b"data", &signature).is_ok());
         assert!(public.verify(b"other", &signature).is_err());
+        let own_form = key.sign(Scheme::MlDsa44Ed25519, b"data").unwrap();
+        for (data, is_signed) in [(b"data", true), (b"else", false)] {
+            assert_eq!(verify(&blob, Scheme::MlDsa44Ed25519, &Input::Message(data.into()), &own_form), is_signed);
+        }
         // Either half alone is no signature.
         for at in [signature.len() - 1, signature.len() - 65] {
             let mut broken = signature.clone();
