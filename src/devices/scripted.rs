@@ -37,6 +37,7 @@ pub use script::{Action, CallName, Crash, KeyKind, Pin, Rule, Script, ScriptKey}
 
 use super::{
     DecryptScheme, DeriveScheme, DeviceError, Driver, FoundKey, Input, Operation, Outcome, Scan, Scheme, Slot, Status,
+    host::child::Hosted,
     soft::{SoftKey, SoftParts},
 };
 use crate::{
@@ -154,13 +155,15 @@ impl Driver for Scripted {
     }
 }
 
-impl Scripted {
-    /// Reads the script of a device that has this process to itself.
-    pub fn child_config(script: &[u8]) -> Result<Arc<Control>, DeviceError> {
-        let text = str::from_utf8(script).map_err(|e| DeviceError::Failed(format!("the script is no text: {e}")))?;
+impl Hosted for Scripted {
+    /// Reads a script.
+    fn config(bytes: &[u8]) -> Result<Arc<Control>, DeviceError> {
+        let text = str::from_utf8(bytes).map_err(|e| DeviceError::Failed(format!("the script is no text: {e}")))?;
         Script::parse(text).map(Control::of_child)
     }
+}
 
+impl Scripted {
     /// Uses a key, and does to the answer what the rules say.
     async fn operate(
         &self,

@@ -60,4 +60,5 @@ macro_rules! behaviours {
 conform! {
     soft_in_process: soft::Soft => keys;
     scripted_in_process: scripted::InProcess => keys pin removal faults;
+    scripted_in_a_child: scripted::InChild => keys pin removal faults;
 }

@@ -1,12 +1,14 @@
 //! The scripted device, in this process and in one of its own.
 
-use std::sync::Arc;
+use std::{fs, sync::Arc};
 
 use strongroom::devices::{
     Device, Driver, Settings,
+    host::{Host, HostSettings},
     in_process::InProcess as Engine,
     scripted::{Control, Script, Scripted},
 };
+use tempfile::TempDir;
 
 use crate::subject::{Fault, Faulty, HasPin, Removable, Subject};
 
@@ -47,6 +49,7 @@ do = { crash = 'abort' }
 ";
 /// All that RSA, P-256 and Ed25519 keys do.
 const SCHEMES: usize = 13;
+const LOCKED: &str = "locked = true";
 
 fn control_of(fault: Fault) -> &'static str {
     match fault {
@@ -65,8 +68,8 @@ pub(crate) struct InProcess {
 }
 
 impl InProcess {
-    async fn with(script: &str, settings: Settings) -> Self {
-        let control = Control::new(Script::parse(script).unwrap());
+    async fn with(first: &str, settings: Settings) -> Self {
+        let control = Control::new(Script::parse(&format!("{first}\n{SCRIPT}")).unwrap());
         let config = Arc::clone(&control);
         let engine = Engine::<Scripted>::new(move || Arc::clone(&config));
         let subject = Self { control, device: Device::start("scripted", Scripted::KIND, settings, engine) };
@@ -79,7 +82,7 @@ impl Subject for InProcess {
     const SCHEMES: usize = SCHEMES;
 
     async fn start(settings: Settings) -> Self {
-        Self::with(SCRIPT, settings).await
+        Self::with("", settings).await
     }
 
     fn device(&self) -> &Device {
@@ -93,7 +96,7 @@ impl HasPin for InProcess {
     const TRIES: u8 = 3;
 
     async fn start_locked(settings: Settings) -> Self {
-        Self::with(&format!("locked = true\n{SCRIPT}"), settings).await
+        Self::with(LOCKED, settings).await
     }
 }
 
@@ -114,5 +117,68 @@ impl Faulty for InProcess {
         } else {
             self.control.clear(control_of(fault)).unwrap();
         }
+    }
+}
+
+/// In a process of its own.
+pub(crate) struct InChild {
+    /// Its controls.
+    directory: TempDir,
+    device: Device,
+}
+
+impl InChild {
+    async fn with(first: &str, settings: Settings) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let script = format!("control = {:?}\n{first}\n{SCRIPT}", directory.path());
+        let mut host = HostSettings::new("scripted");
+        host.program = env!("CARGO_BIN_EXE_strongroom").into();
+        let engine = Host::new(Scripted::KIND, script.into_bytes(), host);
+        let subject = Self { directory, device: Device::start("scripted", Scripted::KIND, settings, engine) };
+        subject.ready().await;
+        subject
+    }
+
+    fn set(&self, control: &str, set: bool) {
+        let file = self.directory.path().join(control);
+        if set { fs::write(file, "").unwrap() } else { fs::remove_file(file).unwrap() }
+    }
+}
+
+impl Subject for InChild {
+    const SCHEMES: usize = SCHEMES;
+
+    async fn start(settings: Settings) -> Self {
+        Self::with("", settings).await
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+impl HasPin for InChild {
+    const PIN: &'static str = InProcess::PIN;
+    const WRONG: &'static str = InProcess::WRONG;
+    const TRIES: u8 = InProcess::TRIES;
+
+    async fn start_locked(settings: Settings) -> Self {
+        Self::with(LOCKED, settings).await
+    }
+}
+
+impl Removable for InChild {
+    fn remove(&self) {
+        self.set("absent", true);
+    }
+
+    fn put_back(&self) {
+        self.set("absent", false);
+    }
+}
+
+impl Faulty for InChild {
+    fn fail(&self, fault: Fault, fails: bool) {
+        self.set(control_of(fault), fails);
     }
 }

@@ -59,7 +59,14 @@ pub(crate) fn verifies(blob: &[u8], scheme: Scheme, input: &Input<'_>, signature
             options.push(format!("digest:{}", name(hash)));
             hashed(hash)
         }
-        Scheme::RsaPkcs1v15Raw => input.bytes().to_vec(),
+        Scheme::RsaPkcs1v15Raw => {
+            // What is longer than a hash OpenSSL only gives back.
+            write("key", &spki(&key));
+            write("signature", &bytes);
+            let args = ["pkeyutl", "-verifyrecover", "-pubin", "-inkey", "key", "-keyform", "DER", "-in", "signature"];
+            let recovered = openssl(dir.path(), &[&args[..], &["-out", "data"]].concat());
+            return recovered && fs::read(dir.path().join("data")).unwrap() == input.bytes();
+        }
         Scheme::RsaPss(hash) => {
             options.extend(["rsa_padding_mode:pss".into(), "rsa_pss_saltlen:digest".into()]);
             options.push(format!("digest:{}", name(hash)));

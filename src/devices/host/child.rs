@@ -40,13 +40,6 @@ pub trait Hosted: Driver {
     fn config(bytes: &[u8]) -> Result<Self::Config, DeviceError>;
 }
 
-#[cfg(feature = "scripted")]
-impl Hosted for Scripted {
-    fn config(bytes: &[u8]) -> Result<Self::Config, DeviceError> {
-        Self::child_config(bytes)
-    }
-}
-
 /// Why a device's process could not begin, or ended before the daemon did.
 #[derive(Debug, Error)]
 pub enum ChildError {
