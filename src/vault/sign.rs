@@ -5,7 +5,7 @@ use std::{borrow::Cow, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::futures::OwnedNotified,
-    time::{Instant, timeout_at},
+    time::{Instant, sleep_until, timeout_at},
 };
 use tracing::debug;
 
@@ -23,6 +23,10 @@ use crate::{
 
 /// How long a use may take when nobody has to be asked. A device's own time is shorter.
 const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A refusal by a device that cannot work comes no sooner than this after the request: a client that asks again and again
+/// without a pause would otherwise take the processor from everybody else.
+const PACE: Duration = Duration::from_millis(100);
 
 /// What a request becomes: most are answered where they were read, the others by a future. Dropping the future cancels.
 pub enum Answer<T> {
@@ -158,10 +162,20 @@ impl Vault {
             };
             self.use_places(&identity, &errand).await
         };
+        let paced = async {
+            let soonest = errand.deadline.min(Instant::now() + PACE);
+            let result = timeout_at(errand.deadline, work).await.unwrap_or(Err(Refusal::Timeout));
+            if let Err(Refusal::Device(error)) = &result
+                && error.lets_another_try()
+            {
+                sleep_until(soonest).await;
+            }
+            result
+        };
         tokio::select! {
             biased;
             () = locks => Err(self.check_open().err().unwrap_or(Refusal::Locked)),
-            result = timeout_at(errand.deadline, work) => result.unwrap_or(Err(Refusal::Timeout)),
+            result = paced => result,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What every driver must show, whatever device it is for. A new driver is a [`Subject`](subject::Subject), with more of
 //! that file's traits where its devices have PINs, can be pulled or can be made to fail, and a line in the list below.
-#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "these are tests")]
 
 mod behaviours;
 mod scripted;

@@ -149,6 +149,11 @@ impl Client {
         Self { stream }
     }
 
+    /// The socket, to end the connection from elsewhere.
+    pub fn socket(&self) -> UnixStream {
+        self.stream.try_clone().expect("a descriptor")
+    }
+
     /// Sends a message.
     pub fn send(&mut self, body: &[u8]) {
         self.stream.write_all(&frame(body)).expect("the agent reads");

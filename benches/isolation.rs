@@ -1,0 +1,215 @@
+//! What do bad devices cost everybody else? Signatures with a soft Ed25519 key and lists over eight connections, alone and
+//! beside three devices that 64 clients each ask without a pause: one that hangs for ever, one that takes 50 ms, one that
+//! crashes at every third signature. And: how long until a device whose process is killed is ready again.
+//!
+//! Method. The daemon is the real one, in a profile that is a release but for the assertions which let the scripted device
+//! in. Rounds without and with the clients of the bad devices alternate, so that both see the same machine; each figure is
+//! the median over the rounds. The clients share the cores with the daemon, as they do in life.
+//!
+//! `cargo bench --profile bench-scripted --bench isolation [-- ROUNDS]`, best on a machine that does nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, missing_docs)]
+
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::{
+    sync::{
+        Arc, Barrier,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Signal, kill_process};
+use support::{
+    client::{Client, Key, REQUEST_IDENTITIES, SIGN_REQUEST, SIGN_RESPONSE, message},
+    daemon::{Daemon, Home},
+    eventually,
+};
+
+const ROUNDS: usize = 7;
+const ROUND: Duration = Duration::from_secs(2);
+/// Connections that are measured.
+const CONNECTIONS: usize = 8;
+/// Clients of each bad device.
+const CLIENTS: usize = 64;
+const KILLS: usize = 20;
+
+/// The devices: a name, and what goes wrong.
+const DEVICES: [(&str, &str); 3] = [
+    ("hung", "[[rule]]\non = \"sign\"\ndo = \"hang\"\n"),
+    ("slow", "[[rule]]\non = \"sign\"\ndo = { sleep_ms = 50 }\n"),
+    ("flapping", "[[rule]]\non = \"sign\"\nfrom = 3\ndo = { crash = \"abort\" }\n"),
+];
+
+fn main() {
+    // Cargo adds `--bench`.
+    let rounds = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(ROUNDS);
+    let mut home = Home::new();
+    for (n, (name, rule)) in DEVICES.iter().enumerate() {
+        let key = format!("[[key]]\nslot = \"k\"\ntype = \"ed25519\"\nseed = {n}\nlabel = \"{name}\"\n");
+        home.device(name, &format!("control = CONTROL\n{key}{rule}"), "");
+    }
+    home.device(
+        "killed",
+        "control = CONTROL\n[[key]]\nslot = \"k\"\ntype = \"p256\"\nseed = 9\nlabel = \"killed\"\n",
+        "",
+    );
+    let daemon = home.start();
+    let soft = Key::random();
+    assert_eq!(daemon.connect().request(&soft.add_message(b"soft", &[])), [6]);
+    let keys: Vec<_> = DEVICES.iter().map(|(name, _)| blob(&daemon, name)).collect();
+
+    let mut alone = Figures::default();
+    let mut beside = Figures::default();
+    for _ in 0..rounds {
+        alone.add(&measure(&daemon, &soft));
+        let hammering = Hammering::start(&daemon, &keys);
+        beside.add(&measure(&daemon, &soft));
+        let requests = hammering.stop();
+        println!("  (the bad devices' clients asked {} times)", requests.load(Ordering::Relaxed));
+    }
+    println!("{CONNECTIONS} connections, {rounds} rounds of {} s; µs", ROUND.as_secs());
+    for (what, alone, beside) in [("sign", &alone.sign, &beside.sign), ("list", &alone.list, &beside.list)] {
+        let [p50, p99] = [0, 1].map(|n| (median(alone, n), median(beside, n)));
+        println!(
+            "{what}: p50 {} alone, {} beside; p99 {} alone, {} beside: {:+} µs",
+            p50.0,
+            p50.1,
+            p99.0,
+            p99.1,
+            p99.1.cast_signed() - p99.0.cast_signed()
+        );
+    }
+
+    let killed = blob(&daemon, "killed");
+    let mut back: Vec<_> = (0..KILLS).map(|_| kill(&daemon, &killed)).collect();
+    back.sort_unstable();
+    println!("killed and ready again, {KILLS} times: median {:?}, most {:?}", back[KILLS / 2], back[KILLS - 1]);
+}
+
+/// `[p50, p99]` of each round, in microseconds.
+#[derive(Default)]
+struct Figures {
+    sign: Vec<[u64; 2]>,
+    list: Vec<[u64; 2]>,
+}
+
+impl Figures {
+    fn add(&mut self, (sign, list): &([u64; 2], [u64; 2])) {
+        self.sign.push(*sign);
+        self.list.push(*list);
+    }
+}
+
+fn median(figures: &[[u64; 2]], which: usize) -> u64 {
+    let mut values: Vec<_> = figures.iter().map(|figure| figure[which]).collect();
+    values.sort_unstable();
+    values[values.len() / 2]
+}
+
+fn sign(blob: &[u8]) -> Vec<u8> {
+    let mut body = message(SIGN_REQUEST, &[blob, &[7; 600]]);
+    body.extend([0; 4]);
+    body
+}
+
+fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
+    let mut found = None;
+    eventually("the device's key is listed", || {
+        found = daemon.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+/// Signs for half a round and lists for the other half.
+fn measure(daemon: &Daemon<'_>, soft: &Key) -> ([u64; 2], [u64; 2]) {
+    let timed = |body: Vec<u8>| {
+        let start = Arc::new(Barrier::new(CONNECTIONS));
+        let threads: Vec<_> = (0..CONNECTIONS)
+            .map(|_| {
+                let (mut client, body, start) = (daemon.connect(), body.clone(), Arc::clone(&start));
+                thread::spawn(move || {
+                    start.wait();
+                    let end = Instant::now() + ROUND / 2;
+                    let mut times = Vec::new();
+                    while Instant::now() < end {
+                        let asked = Instant::now();
+                        let reply = client.request(&body);
+                        times.push(u64::try_from(asked.elapsed().as_micros()).unwrap());
+                        assert!(reply.len() > 60, "refused");
+                    }
+                    times
+                })
+            })
+            .collect();
+        let mut times: Vec<_> = threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
+        times.sort_unstable();
+        [times[times.len() / 2], times[times.len() * 99 / 100]]
+    };
+    (timed(sign(&soft.blob())), timed(vec![REQUEST_IDENTITIES]))
+}
+
+/// The clients of the bad devices.
+struct Hammering {
+    over: Arc<AtomicBool>,
+    requests: Arc<AtomicU64>,
+    sockets: Vec<std::os::unix::net::UnixStream>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Hammering {
+    fn start(daemon: &Daemon<'_>, keys: &[Vec<u8>]) -> Self {
+        let (over, requests) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (mut sockets, mut threads) = (Vec::new(), Vec::new());
+        for key in keys.iter().flat_map(|key| std::iter::repeat_n(key, CLIENTS)) {
+            let mut client: Client = daemon.connect();
+            sockets.push(client.socket());
+            let (body, over, requests) = (sign(key), Arc::clone(&over), Arc::clone(&requests));
+            threads.push(thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    client.send(&body);
+                    if client.receive().is_err() {
+                        return;
+                    }
+                    requests.fetch_add(1, Ordering::Relaxed);
+                }
+            }));
+        }
+        Self { over, requests, sockets, threads }
+    }
+
+    fn stop(self) -> Arc<AtomicU64> {
+        self.over.store(true, Ordering::Relaxed);
+        for socket in &self.sockets {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        for thread in self.threads {
+            // One that was about to write when its socket was closed has nothing to tell.
+            let _ = thread.join();
+        }
+        self.requests
+    }
+}
+
+/// Kills the device's process in the middle of 100 requests; how long until it signs again.
+fn kill(daemon: &Daemon<'_>, key: &[u8]) -> Duration {
+    let mut clients: Vec<_> = (0..100).map(|_| daemon.connect()).collect();
+    for client in &mut clients {
+        client.send(&sign(key));
+    }
+    let process = daemon.hosts().into_iter().find(|(_, name)| name == "killed").expect("its process").0;
+    let killed = Instant::now();
+    kill_process(process, Signal::KILL).unwrap();
+    for client in &mut clients {
+        client.receive().expect("each request is answered");
+    }
+    let mut client = daemon.connect();
+    while client.request(&sign(key))[0] != SIGN_RESPONSE {}
+    let back = killed.elapsed();
+    // Deaths in a row make a device wait; these are not meant to be in a row.
+    thread::sleep(Duration::from_secs(11).saturating_sub(ROUND * 5));
+    back
+}
