@@ -1,6 +1,6 @@
 //! The C client of contrib/c under AddressSanitizer and UndefinedBehaviorSanitizer, against a daemon that this file plays:
 //! one that keeps the rules of docs/protocol.md, and many that break them.
-#![allow(clippy::unwrap_used, reason = "a test may stop here")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may stop here")]
 
 use std::{
     collections::VecDeque,
