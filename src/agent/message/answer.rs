@@ -160,7 +160,7 @@ pub struct KeyEntry<'a> {
     pub decrypts: Vec<&'a str>,
     /// How it agrees on secrets.
     pub derives: Vec<&'a str>,
-    /// Where its PIN or passphrase comes from: `none`, `prompt`, `file`, `credential` or `unlock`.
+    /// Where its device's PIN comes from: `none`, `prompt`, `file` or `credential`.
     pub password: &'a str,
     /// Under what conditions it is used: `confirm`, `destination`, `lifetime`, `touch`.
     pub constraints: Vec<&'a str>,
