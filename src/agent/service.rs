@@ -28,8 +28,10 @@ use crate::{
     },
 };
 
-/// What a ticket's result is taken to need before it is there, in bytes. Only hybrid signatures come near.
-const RESULT: usize = 4096;
+/// What a ticket's result is taken to need before it is there, in bytes: a signature of RSA-4096…
+const RESULT: usize = 512;
+/// …or whatever ssh has signatures for, hybrid ones among them.
+const SSH_RESULT: usize = 4096;
 /// A key's certificates in one entry of a list.
 const MAX_CERTIFICATES: usize = 8;
 /// What a collection may take of a frame, in bytes.
@@ -263,7 +265,8 @@ impl Service<'_> {
 
     fn submit(&mut self, submit: &Submit<'_>) -> Result<(), Failure> {
         let deadline = submit.deadline.map(|deadline| Instant::now() + deadline);
-        self.tickets.reserve(submit.id, submit.task.size() + RESULT)?;
+        let result = if matches!(submit.task.how, How::Ssh { .. }) { SSH_RESULT } else { RESULT };
+        self.tickets.reserve(submit.id, submit.task.size() + result)?;
         match self.operate(&submit.task, deadline) {
             Answer::Now(outcome) => self.tickets.finish(submit.id, outcome),
             Answer::Later(work) => self.tickets.run(submit.id, work),

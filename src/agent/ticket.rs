@@ -19,7 +19,7 @@ pub const MAX_TICKETS: usize = 16_384;
 /// Bytes of requests and results of one connection's tickets.
 pub const MAX_BYTES: usize = 16 << 20;
 /// What a ticket counts for besides its request and result, in bytes.
-const OVERHEAD: usize = 512;
+const OVERHEAD: usize = 256;
 
 /// What came of a ticket: the operation's bytes, or why there are none.
 pub type Outcome = Result<Zeroizing<Vec<u8>>, Failure>;
