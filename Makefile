@@ -6,12 +6,14 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 BINARY := $(TARGET)/release/strongroom
 ROOT = $(DESTDIR)$(PREFIX)
 
-.PHONY: help run build test lint install uninstall
+.PHONY: help run build test lint bench soak install uninstall
 
 help:
 	@echo 'make run      build Strongroom, start it, and print the line that points ssh and git at it'
 	@echo 'make test     install what the tests need, and run them all'
 	@echo 'make lint     rustfmt, clippy, cargo-deny, rustdoc, shellcheck'
+	@echo 'make bench    measure what bad devices cost everybody else'
+	@echo 'make soak     crash, time and simulate for as long as SOAK_CYCLES, SOAK_SAMPLES and SIM_SEEDS say'
 	@echo 'make install  install into PREFIX ($(PREFIX)), below DESTDIR where that is set'
 
 run:
@@ -25,6 +27,21 @@ test:
 
 lint:
 	@scripts/lint
+
+# Beside devices that fail on command, which no release can have: a profile of their own.
+BENCH = $(CARGO) bench --locked --profile bench-scripted
+
+bench:
+	$(BENCH) --bench isolation
+
+SOAK_CYCLES ?= 10000
+SOAK_SAMPLES ?= 200000
+SIM_SEEDS ?= 1000000
+
+soak:
+	$(BENCH) --bench restarts -- $(SOAK_CYCLES)
+	$(BENCH) --bench pkcs1_timing -- $(SOAK_SAMPLES)
+	SIM_SEEDS=$(SIM_SEEDS) $(CARGO) test --locked --profile bench-scripted --test simulation more_seeds_hold
 
 # Run `make build` first, as yourself; then `make install`, as root.
 install:
