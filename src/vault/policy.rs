@@ -36,7 +36,7 @@ pub enum Refusal {
     #[error("there is no such key here; `ssh-add -l` lists what there is")]
     NoSuchKey,
     /// No device of that name, or none that this connection may know of.
-    #[error("there is no such device here; `strongroom status` lists what there is")]
+    #[error("there is no such device here; `devices` lists what there is")]
     NoSuchDevice,
     /// Destination constraints are against it.
     #[error("the key's constraints do not allow this: {0}")]
@@ -69,13 +69,13 @@ pub enum Refusal {
     #[error("the key may be used for plain ssh signatures only")]
     NotGranted,
     /// One PIN try is left, and nobody typed the PIN: unlock the device by hand.
-    #[error("one PIN try is left on `{0}`, and it is not spent unasked; `strongroom unlock {0}` asks for the PIN")]
+    #[error("one PIN try is left on `{0}`, and it is not spent unasked; unlock the device through the service door")]
     LastTry(String),
     /// The device refused this very PIN before: give another.
-    #[error("`{0}` refused this PIN before; it is not sent again. `strongroom unlock {0}` asks for another")]
+    #[error("`{0}` refused this PIN before; it is not sent again; unlock the device with another")]
     PinRefusedBefore(String),
     /// The PIN was sent before, and what became of it is not known: it may have cost a try.
-    #[error("this PIN was sent to `{0}` before and there was no answer; `strongroom unlock {0}` tries it again")]
+    #[error("this PIN was sent to `{0}` before and there was no answer; unlock the device by hand to try it again")]
     PinUncertain(String),
     /// There is no PIN to send.
     #[error("no PIN: {0}")]
