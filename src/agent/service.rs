@@ -337,6 +337,7 @@ pub(super) fn collected(tickets: &mut Tickets, collect: Collect) -> Zeroizing<Ve
     let max = if collect.max == 0 { usize::MAX } else { collect.max as usize };
     let mut room = MAX_COLLECTED;
     let mut finished = Vec::new();
+    tickets.settle();
     while finished.len() < max {
         let next = tickets.take(|outcome| {
             let len = Finished::len_with(outcome);

@@ -140,7 +140,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 let Ok(taken) = self.handle(backlog.bytes()) else { return Poll::Ready(()) };
                 self.backlog = backlog;
                 self.backlog.consume(taken);
-                if taken > 0 {
+                // A frame that has to wait may have ended a `collect`, whose reply is then due.
+                if taken > 0 || matches!(self.replies.front(), Some(Reply::Ready(_))) {
                     continue;
                 }
             }

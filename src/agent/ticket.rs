@@ -8,7 +8,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 use zeroize::Zeroizing;
 
 use super::message::{Cancelled, Code, Failure};
@@ -50,6 +50,7 @@ impl Tickets {
     /// Makes room for a ticket whose request and result have so many bytes. It must be followed by [`Tickets::run`] or
     /// [`Tickets::finish`].
     pub fn reserve(&mut self, id: u64, bytes: usize) -> Result<(), Failure> {
+        self.settle();
         if self.open.contains_key(&id) {
             return Err(Failure::new(Code::BadRequest, "a ticket with this id is open: collect or cancel it first"));
         }
@@ -80,33 +81,46 @@ impl Tickets {
 
     /// Ready when at least one ticket is finished; otherwise the context is woken when one is.
     pub fn poll_finished(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.drain(cx);
-        if self.finished.is_empty() { Poll::Pending } else { Poll::Ready(()) }
+        loop {
+            self.settle();
+            if !self.finished.is_empty() {
+                return Poll::Ready(());
+            }
+            match self.running.poll_join_next_with_id(cx) {
+                Poll::Ready(Some(joined)) => self.joined(joined),
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
+            }
+        }
     }
 
-    /// Moves what tasks have finished to where it is collected from.
-    pub fn drain(&mut self, cx: &mut Context<'_>) {
-        while let Poll::Ready(Some(joined)) = self.running.poll_join_next_with_id(cx) {
-            match joined {
-                Ok((task, (id, outcome))) => {
-                    // A ticket that was cancelled, and perhaps its number used again, has another task or none.
-                    if let Some(open) = self.open.get_mut(&id)
-                        && open.task.as_ref().is_some_and(|open| open.id() == task)
-                    {
-                        open.task = None;
-                        self.finished.push_back((id, outcome));
-                    }
+    /// Takes over all that tasks have finished. Whatever depends on it calls this first, and each new ticket does: what
+    /// cancelled tasks leave behind would otherwise pile up on a connection that never collects.
+    pub fn settle(&mut self) {
+        // Polling would stop when the connection's turn is over, with results left that are there.
+        while let Some(joined) = self.running.try_join_next_with_id() {
+            self.joined(joined);
+        }
+    }
+
+    fn joined(&mut self, joined: Result<(task::Id, (u64, Outcome)), JoinError>) {
+        match joined {
+            Ok((task, (id, outcome))) => {
+                // A ticket that was cancelled, and perhaps its number used again, has another task or none.
+                if let Some(open) = self.open.get_mut(&id)
+                    && open.task.as_ref().is_some_and(|open| open.id() == task)
+                {
+                    open.task = None;
+                    self.finished.push_back((id, outcome));
                 }
-                Err(error) if error.is_cancelled() => {}
-                Err(error) => {
-                    let task = error.id();
-                    let died =
-                        self.open.iter_mut().find(|(_, open)| open.task.as_ref().is_some_and(|t| t.id() == task));
-                    if let Some((id, open)) = died {
-                        open.task = None;
-                        let failure = Failure::new(Code::Failed, "the operation died");
-                        self.finished.push_back((*id, Err(failure)));
-                    }
+            }
+            Err(error) if error.is_cancelled() => {}
+            Err(error) => {
+                let task = error.id();
+                let died = self.open.iter_mut().find(|(_, open)| open.task.as_ref().is_some_and(|t| t.id() == task));
+                if let Some((id, open)) = died {
+                    open.task = None;
+                    let failure = Failure::new(Code::Failed, "the operation died");
+                    self.finished.push_back((*id, Err(failure)));
                 }
             }
         }
@@ -129,6 +143,7 @@ impl Tickets {
 
     /// Gives a ticket up, whatever has become of it.
     pub fn cancel(&mut self, id: u64) -> Cancelled {
+        self.settle();
         let Some(open) = self.open.get(&id) else { return Cancelled::Unknown };
         let cancelled = match &open.task {
             Some(task) => {
@@ -213,13 +228,46 @@ mod tests {
         let mut tickets = tickets(&Arc::default());
         tickets.reserve(1, 0).unwrap();
         tickets.run(1, async { done(1) });
-        // It has finished, but nobody has looked yet.
-        tokio::task::yield_now().await;
+        // It has not begun, and ends in the moment of its abortion or not.
         assert_eq!(tickets.cancel(1), Cancelled::Abandoned);
         tickets.reserve(1, 0).unwrap();
         tickets.run(1, async { done(2) });
         poll_fn(|cx| tickets.poll_finished(cx)).await;
         assert_eq!(tickets.take(|_| true), Some((1, done(2))));
+    }
+
+    /// More than Tokio lets a task poll in one turn.
+    const MANY: u64 = 1000;
+
+    #[tokio::test]
+    async fn all_that_have_finished_are_there_at_once() {
+        let mut tickets = tickets(&Arc::default());
+        let ended = Arc::new(());
+        for id in 0..MANY {
+            let running = Arc::clone(&ended);
+            tickets.reserve(id, 0).unwrap();
+            tickets.run(id, async move {
+                drop(running);
+                done(0)
+            });
+        }
+        while Arc::strong_count(&ended) > 1 {
+            tokio::task::yield_now().await;
+        }
+        poll_fn(|cx| tickets.poll_finished(cx)).await;
+        assert_eq!(std::iter::from_fn(|| tickets.take(|_| true)).count() as u64, MANY);
+    }
+
+    #[tokio::test]
+    async fn cancelled_tickets_leave_nothing() {
+        let mut tickets = tickets(&Arc::default());
+        for _ in 0..MANY {
+            tickets.reserve(1, 0).unwrap();
+            tickets.run(1, pending());
+            tickets.cancel(1);
+            tokio::task::yield_now().await;
+        }
+        assert!(tickets.running.len() < 3, "{} tasks", tickets.running.len());
     }
 
     #[tokio::test]

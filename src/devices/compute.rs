@@ -2,7 +2,10 @@
 //! so that a flood of RSA leaves the quick signatures their microseconds. Knows no keys.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
 };
 
@@ -15,13 +18,39 @@ use super::{DeviceError, turns::Turns};
 /// SCHED_IDLE would leave RSA nothing on a busy machine.
 const NICE: i32 = 10;
 
-type Job = Box<dyn FnOnce() + Send>;
+struct Job {
+    id: u64,
+    work: Box<dyn FnOnce() + Send>,
+}
 
 #[derive(Default)]
 struct Queue {
-    /// Their number is bounded by what a connection may have in flight.
+    /// Their number is bounded by what a connection may have in flight: they go when nobody waits for them.
     jobs: Mutex<Turns<Job>>,
     ready: Condvar,
+    /// How many there were.
+    count: AtomicU64,
+}
+
+impl Queue {
+    fn jobs(&self) -> MutexGuard<'_, Turns<Job>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes a job out of the queue when its caller gives up, with the data that it holds. A job that has begun is not there
+/// any more.
+struct Waiting<'a> {
+    queue: &'a Queue,
+    owner: u64,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let job = self.queue.jobs().remove(self.owner, |job| job.id == self.id);
+        drop(job);
+    }
 }
 
 /// The pool. Its threads start with its first job and live as long as the process.
@@ -58,8 +87,10 @@ impl Compute {
             }
         };
         let queue = self.queue.get_or_init(|| start(threads));
-        queue.jobs.lock().unwrap_or_else(PoisonError::into_inner).push(owner, Box::new(job));
+        let id = queue.count.fetch_add(1, Ordering::Relaxed);
+        queue.jobs().push(owner, Job { id, work: Box::new(job) });
         queue.ready.notify_one();
+        let _waiting = Waiting { queue, owner, id };
         receiver.await.unwrap_or_else(|_| Err(DeviceError::Failed("the computation died".into())))
     }
 
@@ -96,7 +127,7 @@ fn serve(queue: &Queue) {
     // Works on the calling thread only and needs no privilege; without it the pool is merely less polite.
     let _ = rustix::process::nice(NICE);
     loop {
-        let mut jobs = queue.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = queue.jobs();
         let job = loop {
             match jobs.pop() {
                 Some(job) => break job,
@@ -105,6 +136,36 @@ fn serve(queue: &Queue) {
         };
         drop(jobs);
         // A panic must not shrink the pool; its caller learns that the computation died.
-        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job.work));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        sync::mpsc,
+        task::{Context, Waker},
+    };
+
+    #[test]
+    fn work_that_nobody_waits_for_any_more_keeps_no_data() {
+        let compute = Compute { threads: Some(1), queue: OnceLock::new() };
+        let (release, held) = mpsc::channel::<()>();
+        let data = Arc::new(());
+        let kept = Arc::clone(&data);
+        let mut long = Box::pin(compute.run(1, move || {
+            let _ = held.recv();
+            Ok(())
+        }));
+        let mut behind = Box::pin(compute.run(1, move || {
+            drop(kept);
+            Ok(())
+        }));
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(long.as_mut().poll(&mut cx).is_pending() && behind.as_mut().poll(&mut cx).is_pending());
+        drop(behind);
+        assert_eq!(Arc::strong_count(&data), 1);
+        drop(release);
     }
 }

@@ -8,6 +8,7 @@ pub mod agent;
 pub mod askpass;
 pub mod client;
 pub mod daemon;
+pub mod service;
 pub mod soft;
 pub mod sshd;
 

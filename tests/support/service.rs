@@ -1,0 +1,181 @@
+//! Our messages over a connection of a test, through the codecs that tests/protocol_vectors.rs holds to the specification.
+
+use std::{io::Write, time::Duration};
+
+use strongroom::{
+    agent::message::{
+        Answer, Code, Collect, Collected, Failure, Finished, How, KeyUse, Name, Paging, ReplyError, Request, Submit,
+        Target, read_reply,
+    },
+    devices::{DecryptScheme, DeriveScheme, Hash, Input, Operation, Scheme},
+};
+use zeroize::Zeroizing;
+
+use super::client::Client;
+
+/// A signature, a plaintext, a secret or random bytes.
+pub type Bytes = Zeroizing<Vec<u8>>;
+
+/// A reply to one of our messages.
+pub struct Reply {
+    name: Name,
+    /// The frame's body.
+    pub body: Vec<u8>,
+}
+
+impl Reply {
+    /// The result, or the failure.
+    #[track_caller]
+    pub fn read<'a, T: Answer<'a>>(&'a self) -> Result<T, Failure> {
+        read_reply(self.name, &self.body).unwrap_or_else(|error| panic!("{:?}: {error}", self.name))
+    }
+
+    /// The result of what must succeed.
+    #[track_caller]
+    pub fn ok<'a, T: Answer<'a>>(&'a self) -> T {
+        self.read().unwrap_or_else(|failure| panic!("{:?}: {failure:?}", self.name))
+    }
+
+    /// The bytes that a use of a key gave.
+    #[track_caller]
+    pub fn bytes(&self) -> Vec<u8> {
+        self.ok::<Bytes>().to_vec()
+    }
+
+    /// The failure of what must fail, whatever its result would have been.
+    #[track_caller]
+    pub fn failure(&self) -> Failure {
+        match self.read::<()>() {
+            Err(failure) => failure,
+            Ok(()) => panic!("{:?} succeeded", self.name),
+        }
+    }
+
+    /// Its reason code.
+    #[track_caller]
+    pub fn code(&self) -> Code {
+        self.failure().code
+    }
+
+    /// Why it is no reply of ours.
+    #[track_caller]
+    pub fn error(&self) -> ReplyError {
+        match read_reply::<()>(self.name, &self.body) {
+            Err(error) => error,
+            Ok(_) => panic!("{:?} is answered", self.name),
+        }
+    }
+}
+
+/// The request's frame.
+pub fn frame_of(request: &Request<'_>) -> Vec<u8> {
+    let mut frame = Vec::new();
+    request.put(&mut frame);
+    frame
+}
+
+impl Client {
+    /// Sends one of our messages.
+    pub fn tell(&mut self, request: &Request<'_>) {
+        self.stream.write_all(&frame_of(request)).expect("the agent reads");
+    }
+
+    /// Waits for the reply to one of our messages.
+    #[track_caller]
+    pub fn hear(&mut self, name: Name) -> Reply {
+        Reply { name, body: self.receive().expect("a reply") }
+    }
+
+    /// Sends one of our messages and waits for its reply.
+    #[track_caller]
+    pub fn ask(&mut self, request: &Request<'_>) -> Reply {
+        self.tell(request);
+        self.hear(request.name())
+    }
+
+    /// Submits and is accepted.
+    #[track_caller]
+    pub fn submit(&mut self, id: u64, task: KeyUse<'_>, deadline_ms: u64) {
+        self.ask(&submit(id, task, deadline_ms)).ok::<()>();
+    }
+
+    /// Collects once.
+    #[track_caller]
+    pub fn collect(&mut self, wait: Duration, max: u32) -> Collected {
+        self.ask(&collect(wait, max)).ok()
+    }
+
+    /// Collects until `count` tickets are here.
+    #[track_caller]
+    pub fn collect_all(&mut self, count: usize) -> Vec<Finished> {
+        let mut all = Vec::new();
+        while all.len() < count {
+            let some = self.collect(super::PATIENCE, 0);
+            assert!(!some.finished.is_empty(), "{} of {count} tickets are finished, and no more", all.len());
+            all.extend(some.finished);
+        }
+        assert_eq!(all.len(), count);
+        all
+    }
+}
+
+/// `list` from its beginning.
+pub fn first_page(max: u32) -> Paging<'static> {
+    Paging { cursor: &[], max }
+}
+
+/// A use with its deadline; 0 for the default.
+pub fn use_key(task: KeyUse<'_>, deadline_ms: u64) -> Request<'_> {
+    Request::Use(task, deadline(deadline_ms))
+}
+
+/// A submit with its deadline; 0 for the default.
+pub fn submit(id: u64, task: KeyUse<'_>, deadline_ms: u64) -> Request<'_> {
+    Request::Submit(Submit { id, deadline: deadline(deadline_ms), task })
+}
+
+fn deadline(ms: u64) -> Option<Duration> {
+    (ms > 0).then(|| Duration::from_millis(ms))
+}
+
+/// A collect.
+pub fn collect(wait: Duration, max: u32) -> Request<'static> {
+    Request::Collect(Collect { wait, max })
+}
+
+/// The refusals of this connection.
+pub fn why() -> Request<'static> {
+    Request::Why { all: false, max: 0 }
+}
+
+/// `unlock` of a device.
+pub fn unlock<'a>(device: &'a str, pin: &str) -> Request<'a> {
+    Request::Unlock(Target::Device(device), pin.into())
+}
+
+/// What a plain sign request does.
+pub fn ssh<'a>(key: &'a [u8], data: &'a [u8]) -> KeyUse<'a> {
+    KeyUse { key, how: How::Ssh { flags: 0, data } }
+}
+
+/// A signature over a message.
+pub fn sign<'a>(key: &'a [u8], scheme: Scheme, data: &'a [u8]) -> KeyUse<'a> {
+    KeyUse { key, how: How::Operation(Operation::Sign { scheme, input: Input::Message(data.into()) }) }
+}
+
+/// An ECDSA signature over a SHA-256 digest.
+pub fn sign_digest<'a>(key: &'a [u8], digest: &'a [u8]) -> KeyUse<'a> {
+    let operation = Operation::Sign { scheme: Scheme::Ecdsa(Hash::Sha256), input: Input::Digest(digest.into()) };
+    KeyUse { key, how: How::Operation(operation) }
+}
+
+/// A decryption without label.
+pub fn decrypt<'a>(key: &'a [u8], scheme: DecryptScheme, ciphertext: &'a [u8]) -> KeyUse<'a> {
+    let operation = Operation::Decrypt { scheme, label: (&[]).into(), ciphertext: ciphertext.into() };
+    KeyUse { key, how: How::Operation(operation) }
+}
+
+/// An agreement on a secret.
+pub fn derive<'a>(key: &'a [u8], scheme: DeriveScheme, peer: &'a [u8]) -> KeyUse<'a> {
+    KeyUse { key, how: How::Operation(Operation::Derive { scheme, peer: peer.into() }) }
+}
