@@ -1,15 +1,20 @@
-//! What the far side of `ssh -A` may do with the agent, and what it may not.
+//! What the far side of a forwarding may do with the agent, and what it may not: through `ssh -A`, through clients that
+//! bind no session, and when the service door's socket itself is forwarded.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
 mod support;
 
-use std::fs;
+use std::{fs, process::Command};
 
+use strongroom::agent::message::{Code, ReplyError};
 use support::{
     agent::Agent,
     askpass::answering,
-    client::{EXTENSION, FAILURE, LOCK, SUCCESS, UNLOCK, message, put},
-    keygen, public_key, run,
+    client::{Client, EXTENSION, FAILURE, Key, LOCK, SUCCESS, UNLOCK, message, put},
+    command,
+    daemon::Home,
+    eventually, keygen, public_key, run,
+    service::{all_names, compatible, compatible_requests, one_of_each, query},
     sshd::{Forwarded, Hosts},
     with_suffix,
 };
@@ -125,4 +130,97 @@ fn the_far_side_cannot_pass_for_the_near() {
     assert_ne!(client.request(&body), [SUCCESS]);
     assert_eq!(client.request(&message(LOCK, &[b"password"])), [FAILURE]);
     assert_eq!(client.comments(), ["user"]);
+}
+
+/// The standard messages work with this key, and no other does.
+#[track_caller]
+fn is_for_ssh_only(client: &mut Client, key: &Key) {
+    assert_eq!(client.list().len(), 1);
+    client.sign(key);
+    for request in one_of_each(&key.blob()) {
+        assert_eq!(client.ask(&request).error(), ReplyError::NotSpoken, "{:?}", request.name());
+    }
+    for request in compatible_requests(&key.blob()) {
+        assert_eq!(compatible(client, &request), [FAILURE], "{:?}", request.name());
+    }
+    for name in all_names() {
+        assert_eq!(client.request(&message(EXTENSION, &[name.as_bytes()])), [FAILURE], "{name}");
+    }
+    let known = query(client);
+    assert!(known.iter().all(|name| ["query", "session-bind@openssh.com"].contains(&name.as_str())), "{known:?}");
+    client.sign(key);
+}
+
+/// A host, and a key in a file that may log in to it.
+fn host() -> (Hosts, std::path::PathBuf) {
+    let hosts = Hosts::one("near");
+    let login = keygen(hosts.dir(), "login", &["-t", "ed25519"]);
+    hosts.authorize(&login, "");
+    (hosts, login)
+}
+
+#[test]
+fn what_an_ssh_door_is_configured_to_speak_is_for_this_machine_only() {
+    let (hosts, login) = host();
+    let mut home = Home::new();
+    let path = home.path("named");
+    home.configure(&format!("[[listen]]\ndoor = \"ssh\"\npath = {path:?}\nmessages = {:?}", all_names()));
+    let daemon = home.start();
+    let key = Key::random();
+    daemon.connect().add(&key, "key", &[]);
+    assert!(query(&mut Client::connect(&path)).len() > all_names().len());
+    let far = hosts.forward_socket(&path, "near", &login);
+    is_for_ssh_only(&mut far.connect(), &key);
+}
+
+#[test]
+fn the_far_side_of_a_client_that_binds_no_session_has_no_message_of_ours() {
+    let (hosts, login) = host();
+    let home = Home::new();
+    let daemon = home.start();
+    let key = Key::random();
+    daemon.connect().add(&key, "key", &[]);
+    let far = hosts.forward_by_paramiko(&home.path("agent"), "near", &login);
+    is_for_ssh_only(&mut far.connect(), &key);
+    drop(far);
+
+    let (proxy, agent) = (home.path("proxy"), home.path("agent"));
+    let mut socat: Command = command("socat", &home.path(""));
+    socat.arg(format!("UNIX-LISTEN:{}", proxy.display())).arg(format!("UNIX-CONNECT:{}", agent.display()));
+    let mut socat = socat.spawn().unwrap();
+    eventually("socat listens: apt-get install socat", || proxy.exists());
+    is_for_ssh_only(&mut Client::connect(&proxy), &key);
+    assert!(socat.wait().unwrap().success());
+}
+
+#[test]
+fn a_forwarded_service_door_is_of_no_use() {
+    let (hosts, login) = host();
+    let home = Home::new();
+    let daemon = home.start();
+    let key = Key::random();
+    let mut near = daemon.connect_service();
+    near.add(&key, "key", &[]);
+    let far = hosts.forward_remotely(&home.path("service"), "near", &login);
+    let mut client = far.connect();
+    for request in one_of_each(&key.blob()) {
+        assert_eq!(client.ask(&request).code(), Code::Denied, "{:?}", request.name());
+    }
+    for request in compatible_requests(&key.blob()) {
+        assert_eq!(compatible(&mut client, &request), [FAILURE], "{:?}", request.name());
+    }
+    for body in [
+        vec![11],
+        key.sign_message(b"data"),
+        Key::random().add_message(b"mine", &[]),
+        message(18, &[&key.blob()]),
+        vec![19],
+        message(LOCK, &[b"password"]),
+        message(EXTENSION, &[b"query"]),
+        message(EXTENSION, &[b"session-bind@openssh.com"]),
+    ] {
+        assert_eq!(client.request(&body), [FAILURE], "message {}", body[0]);
+    }
+    assert_eq!(near.comments(), ["key"]);
+    near.sign(&key);
 }

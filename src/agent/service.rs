@@ -17,7 +17,8 @@ use super::{
 };
 use crate::{
     devices::{
-        DecryptScheme, DeriveScheme, Device, DeviceState, Hash, Health, Input, Operation, Outcome, Patience, Scheme,
+        DecryptScheme, DeriveScheme, Device, DeviceError, DeviceState, Hash, Health, Input, MAX_BLOB, Operation,
+        Outcome, Patience, Scheme,
     },
     public_key::{Blob, FingerprintHash, KeyType, PublicKey, fingerprint},
     vault::{
@@ -34,8 +35,10 @@ const RESULT: usize = 512;
 const SSH_RESULT: usize = 4096;
 /// A key's certificates in one entry of a list.
 const MAX_CERTIFICATES: usize = 8;
-/// What a collection may take of a frame, in bytes.
-const MAX_COLLECTED: usize = super::frame::MAX_FRAME - 512;
+/// The bytes of a comment that a list shows: one key must not fill a frame.
+const MAX_COMMENT: usize = 1024;
+/// What the entries of a list may take of a frame, in bytes.
+const MAX_LIST: usize = super::frame::MAX_FRAME - 512;
 
 /// What became of a frame.
 pub(super) enum Handled {
@@ -184,10 +187,18 @@ impl Service<'_> {
                 return Handled::Done;
             }
         };
-        let Some((key, how)) = self.compatible_use(&request) else {
-            let _ = self.refused(Name::Decrypt, "", Refusal::NoSuchKey);
-            wire::put_bare(out, number::EXTENSION_FAILURE);
-            return Handled::Done;
+        let (key, how) = match self.compatible_use(&request) {
+            Ok(wanted) => wanted,
+            Err(refusal) => {
+                let ours = match name {
+                    compatible::Name::SignPrehash => Name::Sign,
+                    compatible::Name::Ecdh => Name::Derive,
+                    compatible::Name::DecryptDerive | compatible::Name::DecryptDeriveIds => Name::Decrypt,
+                };
+                let _ = self.refused(ours, "", refusal);
+                wire::put_bare(out, number::EXTENSION_FAILURE);
+                return Handled::Done;
+            }
         };
         let is_ecdsa = matches!(how, How::Operation(Operation::Sign { scheme: Scheme::Ecdsa(_), .. }));
         let task = KeyUse { key: &key, how };
@@ -214,24 +225,34 @@ impl Service<'_> {
         let listing = self.vault.list(self.caller);
         let able = |identity: &&Arc<Identity>| {
             let plain = Blob::parse(&identity.blob).is_ok_and(|blob| matches!(blob, Blob::Key(_)));
-            plain && identity.places.iter().any(|place| place.grants.decrypt || place.grants.derive)
+            let uses = uses([&***identity]);
+            plain && (uses.decrypt || uses.derive)
         };
+        let mut room = MAX_LIST;
         let identities: Vec<_> = listing
             .identities
             .iter()
             .filter(able)
-            .map(|identity| (metacode_blob(identity), identity.comment()))
+            .map(|identity| (metacode_blob(identity), comment(identity)))
+            .take_while(|(blob, comment)| {
+                let len = 8 + blob.len() + comment.len();
+                let fits = len <= room;
+                room -= if fits { len } else { 0 };
+                fits
+            })
             .collect();
         compatible::put_identities(out, identities.iter().map(|(blob, comment)| (&**blob, *comment)));
     }
 
-    /// What a message of another agent asks, in our words. `None` when no key can do it.
-    fn compatible_use<'a>(&self, request: &compatible::Request<'a>) -> Option<(Vec<u8>, How<'a>)> {
+    /// What a message of another agent asks, in our words.
+    fn compatible_use<'a>(&self, request: &compatible::Request<'a>) -> Result<(Vec<u8>, How<'a>), Refusal> {
+        let unsupported = |why| Refusal::Device(DeviceError::unsupported(why));
         match *request {
-            compatible::Request::DecryptDeriveIds => None,
+            compatible::Request::DecryptDeriveIds => Err(Refusal::NoSuchKey),
             compatible::Request::DecryptDerive { key, data } => {
                 let listing = self.vault.list(self.caller);
-                let identity = listing.identities.iter().find(|identity| *metacode_blob(identity) == *key)?;
+                let identity = listing.identities.iter().find(|identity| *metacode_blob(identity) == *key);
+                let identity = identity.ok_or(Refusal::NoSuchKey)?;
                 let data = Cow::Borrowed(data);
                 let operation = match identity.key_type {
                     KeyType::Rsa => Operation::Decrypt {
@@ -242,23 +263,27 @@ impl Service<'_> {
                     KeyType::X25519 => Operation::Derive { scheme: DeriveScheme::X25519, peer: data },
                     _ => Operation::Derive { scheme: DeriveScheme::Ecdh, peer: data },
                 };
-                Some((identity.blob.to_vec(), How::Operation(operation)))
+                Ok((identity.blob.to_vec(), How::Operation(operation)))
             }
             compatible::Request::Ecdh { key, partner } => {
-                let PublicKey::Ecdsa(_, point) = PublicKey::parse(partner).ok()? else { return None };
+                let Ok(PublicKey::Ecdsa(_, point)) = PublicKey::parse(partner) else {
+                    return Err(unsupported("the partner's is no key on a NIST curve"));
+                };
                 let operation = Operation::Derive { scheme: DeriveScheme::Ecdh, peer: Cow::Borrowed(point) };
-                Some((key.to_vec(), How::Operation(operation)))
+                Ok((key.to_vec(), How::Operation(operation)))
             }
             compatible::Request::SignPrehash { key, digest } => {
                 let hashes = [Hash::Sha1, Hash::Sha256, Hash::Sha384, Hash::Sha512];
-                let hash = hashes.into_iter().find(|hash| hash.digest_len() == digest.len())?;
-                let scheme = match PublicKey::parse(key).ok()?.key_type() {
+                let hash = hashes.into_iter().find(|hash| hash.digest_len() == digest.len());
+                let hash = hash.ok_or_else(|| unsupported("no hash has digests of this length"))?;
+                let key_type = PublicKey::parse(key).map_err(|_| Refusal::NoSuchKey)?.key_type();
+                let scheme = match key_type {
                     KeyType::Rsa => Scheme::RsaPkcs1v15(hash),
                     KeyType::Ecdsa(_) => Scheme::Ecdsa(hash),
-                    _ => return None,
+                    _ => return Err(unsupported("only ECDSA and RSA keys sign digests")),
                 };
                 let operation = Operation::Sign { scheme, input: Input::Digest(Cow::Borrowed(digest)) };
-                Some((key.to_vec(), How::Operation(operation)))
+                Ok((key.to_vec(), How::Operation(operation)))
             }
         }
     }
@@ -335,7 +360,7 @@ impl Service<'_> {
 /// The reply to a collect: what is finished, as far as one frame holds it.
 pub(super) fn collected(tickets: &mut Tickets, collect: Collect) -> Zeroizing<Vec<u8>> {
     let max = if collect.max == 0 { usize::MAX } else { collect.max as usize };
-    let mut room = MAX_COLLECTED;
+    let mut room = MAX_LIST;
     let mut finished = Vec::new();
     tickets.settle();
     while finished.len() < max {
@@ -407,15 +432,15 @@ fn page<T>(start: usize, entries: Vec<T>, more: bool) -> Page<T> {
 
 fn key_entry<'a>(vault: &Vault, plain: &'a [u8], identities: &[&'a Identity]) -> KeyEntry<'a> {
     let places = || identities.iter().flat_map(|identity| &identity.places);
-    let certificates = identities.iter().map(|identity| &*identity.blob).filter(|blob| *blob != plain);
+    let certificates = identities.iter().map(|identity| &*identity.blob);
+    let certificates = certificates.filter(|blob| *blob != plain && blob.len() <= MAX_BLOB);
     let mut entry = KeyEntry {
         blob: plain,
         certificates: certificates.take(MAX_CERTIFICATES).collect(),
-        comment: identities.first().map_or(&[], |identity| identity.comment()),
+        comment: identities.first().map_or(&[], |identity| comment(identity)),
         password: "none",
         ..KeyEntry::default()
     };
-    let mut granted = Grants::NONE;
     for place in places() {
         let shown = match &place.key {
             PrivateKey::Soft(key) => {
@@ -440,26 +465,44 @@ fn key_entry<'a>(vault: &Vault, plain: &'a [u8], identities: &[&'a Identity]) ->
         if !entry.places.contains(&shown) {
             entry.places.push(shown);
         }
-        granted = Grants {
-            sign: granted.sign || place.grants.sign,
-            decrypt: granted.decrypt || place.grants.decrypt,
-            derive: granted.derive || place.grants.derive,
-        };
         add(&mut entry.constraints, place.constraints.confirm.then_some("confirm"));
         add(&mut entry.constraints, (!place.constraints.destinations.is_empty()).then_some("destination"));
         add(&mut entry.constraints, place.constraints.expires.map(|_| "lifetime"));
     }
-    // A key with a restriction makes plain signatures only, whatever it was granted.
-    let restricted = identities.iter().any(|identity| identity.restrictions().next().is_some());
-    if !restricted {
-        add(&mut entry.operations, (granted.sign && !entry.signs.is_empty()).then_some("sign"));
-        add(&mut entry.operations, (granted.decrypt && !entry.decrypts.is_empty()).then_some("decrypt"));
-        add(&mut entry.operations, (granted.derive && !entry.derives.is_empty()).then_some("derive"));
-    }
+    let uses = uses(identities.iter().copied());
+    add(&mut entry.operations, uses.sign.then_some("sign"));
+    add(&mut entry.operations, uses.decrypt.then_some("decrypt"));
+    add(&mut entry.operations, uses.derive.then_some("derive"));
     if identities.iter().any(|identity| identity.key_type.is_ssh()) {
         entry.signs.insert(0, scheme::SSH);
     }
     entry
+}
+
+/// What a key does beyond plain signatures: where it is able to and has been granted it. With a restriction to hosts it
+/// does nothing, whatever it was granted.
+fn uses<'a>(identities: impl IntoIterator<Item = &'a Identity> + Clone) -> Grants {
+    let mut uses = Grants::NONE;
+    if identities.clone().into_iter().any(|identity| identity.restrictions().next().is_some()) {
+        return uses;
+    }
+    for place in identities.into_iter().flat_map(|identity| &identity.places) {
+        let (schemes, decrypts, derives) = match &place.key {
+            PrivateKey::Soft(key) => (key.schemes(), key.decrypts(), key.derives()),
+            PrivateKey::OnDevice(_, key) => (&*key.schemes, &*key.decrypts, &*key.derives),
+            PrivateKey::Sk(_) => continue,
+        };
+        uses.sign |= place.grants.sign && schemes.iter().any(|scheme| scheme::sign_name(*scheme).is_some());
+        uses.decrypt |= place.grants.decrypt && !decrypts.is_empty();
+        uses.derive |= place.grants.derive && !derives.is_empty();
+    }
+    uses
+}
+
+/// As much of the comment as a list shows.
+fn comment(identity: &Identity) -> &[u8] {
+    let comment = identity.comment();
+    &comment[..comment.len().min(MAX_COMMENT)]
 }
 
 /// Adds the names that are not there yet.

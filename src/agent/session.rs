@@ -23,7 +23,7 @@ use super::{
     door::Door,
     extension::{self, SESSION_BIND},
     frame::{self, Backlog, FrameError, MAX_FRAME},
-    message::{self, Collect, compatible},
+    message::{self, Code, Collect, Failure, compatible},
     service::{self, Handled, Later, Service},
     ticket::Tickets,
     wire::{self, AddRequest, PrivateParts, Request, SignRequest, number},
@@ -321,6 +321,10 @@ impl Session {
         self.secret_seen |= Request::is_secret(body);
         let request = match Request::read(body) {
             Ok(request) if !self.caller.denied => request,
+            Ok(Request::Extension(name, _)) if let Some(name) = message::Name::from_bytes(name) => {
+                message::put_reply::<()>(out, name, Err(&shut_out()));
+                return Handled::Done;
+            }
             Ok(_) => return bare(out, number::FAILURE),
             Err(e) => {
                 info!(pid = self.caller.pid, message = body.first(), "refused a malformed request: {e}");
@@ -501,6 +505,14 @@ fn add(vault: &Vault, caller: &Caller, request: &AddRequest<'_>, provider: Optio
 
 const NO_PKCS11: fn() -> Refusal =
     || Refusal::Device(DeviceError::unsupported("PKCS#11 providers are not supported by this version"));
+
+/// What a connection is told that the service door's second fence keeps off.
+fn shut_out() -> Failure {
+    Failure::new(
+        Code::Denied,
+        "this connection is shut out: the service door is not for ssh, nor for what ssh forwards",
+    )
+}
 
 fn bare(out: &mut Vec<u8>, number: u8) -> Handled {
     wire::put_bare(out, number);

@@ -22,7 +22,7 @@ use super::{
     sign::identified,
     store::MarkError,
 };
-use crate::devices::{Device, DeviceError, Status};
+use crate::devices::{Device, DeviceError, DeviceState, Health, Status};
 
 /// The longest PIN, in bytes.
 const MAX_PIN: usize = 1024;
@@ -58,9 +58,10 @@ struct Entry {
 /// Those who wait are told in the order of their waiting, so that simulations replay.
 type Outcome = broadcast::Sender<Result<(), Refusal>>;
 
-/// A PIN to try, and whether a person has just typed it.
+/// A PIN to try, for the token with this serial, and whether a person has just typed it.
 struct Candidate {
     pin: SecretString,
+    serial: String,
     typed: bool,
 }
 
@@ -202,12 +203,13 @@ impl Vault {
         caller: &Arc<Caller>,
         given: Option<SecretString>,
     ) -> Result<Candidate, Refusal> {
-        let status = device.state().status.clone().unwrap_or_default();
+        let status = present(device).await?;
+        let candidate = |pin, typed| Candidate { pin, serial: status.serial.clone(), typed };
         if status.tries_left == Some(0) {
             return Err(DeviceError::PinBlocked.into());
         }
         if let Some(pin) = given {
-            return Ok(Candidate { pin, typed: true });
+            return Ok(candidate(pin, true));
         }
         let (source, accepted) = self.pins.with(device, |entry| {
             let accepted = entry.accepted.as_ref().filter(|(serial, _)| *serial == status.serial);
@@ -226,18 +228,21 @@ impl Vault {
             (None, PinSource::Prompt) => {
                 let question = policy::device_pin_question(device, &status, &identified(caller));
                 let pin = self.prompter.pin(caller.uid, &question).await?;
-                return Ok(Candidate { pin, typed: true });
+                return Ok(candidate(pin, true));
             }
             (None, PinSource::File(path)) => read(path).await.map_err(Refusal::NoPin)?,
             (None, PinSource::Credential(name)) => read(credential(&name)?).await.map_err(Refusal::NoPin)?,
         };
-        Ok(Candidate { pin, typed: false })
+        Ok(candidate(pin, false))
     }
 
     /// Sends a PIN, once. Unless the device says that it is right, it is never sent again by itself.
     async fn try_pin(&self, device: &Device, candidate: Candidate) -> Result<(), Refusal> {
-        let Status { serial, .. } = device.state().status.clone().unwrap_or_default();
-        let Candidate { pin, typed } = candidate;
+        let Candidate { pin, serial, typed } = candidate;
+        // While somebody typed, another token may have been put in.
+        if present(device).await?.serial != serial {
+            return Err(DeviceError::Absent.into());
+        }
         let attempt = match self.store.begin(&serial, &pin, typed).await {
             Ok(attempt) => attempt,
             Err(MarkError::Refused) => return Err(Refusal::PinRefusedBefore(device.name().to_owned())),
@@ -267,6 +272,25 @@ impl Vault {
                 Err(error.into())
             }
         }
+    }
+}
+
+/// How the token is that a PIN would go to. A device that is being opened may hold another one than before: PINs belong to
+/// serials, so none is chosen or sent until it has said which it has.
+async fn present(device: &Device) -> Result<Status, DeviceError> {
+    let mut states = device.watch();
+    let settled = |state: &Arc<DeviceState>| {
+        matches!(state.health, Health::Ready | Health::Busy | Health::Absent | Health::Failed(_))
+    };
+    let state = match timeout(device.settings().timeout, states.wait_for(settled)).await {
+        Ok(Ok(state)) => Arc::clone(&state),
+        Ok(Err(_)) => return Err(DeviceError::Absent),
+        Err(_) => return Err(DeviceError::Timeout),
+    };
+    match (&state.health, &state.status) {
+        (Health::Failed(why), _) => Err(DeviceError::Failed(format!("the device has failed: {why}"))),
+        (Health::Absent, _) | (_, None) => Err(DeviceError::Absent),
+        (_, Some(status)) => Ok(status.clone()),
     }
 }
 

@@ -5,13 +5,13 @@ use std::{io::Write, time::Duration};
 use strongroom::{
     agent::message::{
         Answer, Code, Collect, Collected, Failure, Finished, How, KeyUse, Name, Paging, ReplyError, Request, Submit,
-        Target, read_reply,
+        Target, compatible, read_reply,
     },
     devices::{DecryptScheme, DeriveScheme, Hash, Input, Operation, Scheme},
 };
 use zeroize::Zeroizing;
 
-use super::client::Client;
+use super::client::{Client, EXTENSION, message, take};
 
 /// A signature, a plaintext, a secret or random bytes.
 pub type Bytes = Zeroizing<Vec<u8>>;
@@ -178,4 +178,58 @@ pub fn decrypt<'a>(key: &'a [u8], scheme: DecryptScheme, ciphertext: &'a [u8]) -
 /// An agreement on a secret.
 pub fn derive<'a>(key: &'a [u8], scheme: DeriveScheme, peer: &'a [u8]) -> KeyUse<'a> {
     KeyUse { key, how: How::Operation(Operation::Derive { scheme, peer: peer.into() }) }
+}
+
+/// A request of each name, well formed.
+pub fn one_of_each(key: &[u8]) -> Vec<Request<'_>> {
+    vec![
+        Request::Keys(first_page(0)),
+        Request::Devices(first_page(0)),
+        use_key(ssh(key, b"data"), 0),
+        use_key(decrypt(key, DecryptScheme::RsaPkcs1v15, b"data"), 0),
+        use_key(derive(key, DeriveScheme::Ecdh, b"data"), 0),
+        submit(1, ssh(key, b"data"), 0),
+        collect(Duration::ZERO, 0),
+        Request::Cancel(1),
+        unlock("token", "1234"),
+        Request::Lock(Target::Device("token")),
+        Request::Forget(Target::Device("token")),
+        why(),
+        Request::Random { len: 1, device: "" },
+    ]
+}
+
+/// The names that `query` lists.
+pub fn query(client: &mut Client) -> Vec<String> {
+    let reply = client.request(&message(EXTENSION, &[b"query"]));
+    let mut rest = &reply[1..];
+    assert_eq!((reply[0], take(&mut rest)), (29, &b"query"[..]));
+    let mut names = Vec::new();
+    while !rest.is_empty() {
+        names.push(String::from_utf8(take(&mut rest).to_vec()).unwrap());
+    }
+    names
+}
+
+/// The names of our messages and of those of other agents.
+pub fn all_names() -> Vec<&'static str> {
+    let ours = Name::ALL.iter().map(|name| name.as_str());
+    ours.chain(compatible::Name::ALL.iter().map(|name| name.as_str())).collect()
+}
+
+/// Every use that other agents' messages have for a key.
+pub fn compatible_requests(key: &[u8]) -> Vec<compatible::Request<'_>> {
+    vec![
+        compatible::Request::DecryptDerive { key, data: &[4; 65] },
+        compatible::Request::DecryptDerive { key, data: &[1; 256] },
+        compatible::Request::Ecdh { key, partner: key },
+        compatible::Request::SignPrehash { key, digest: &[1; 32] },
+    ]
+}
+
+/// Sends a message of another agent.
+pub fn compatible(client: &mut Client, request: &compatible::Request<'_>) -> Vec<u8> {
+    let mut frame = Vec::new();
+    request.put(&mut frame);
+    client.request(&frame[4..])
 }

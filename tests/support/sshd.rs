@@ -108,22 +108,46 @@ impl Hosts {
 
     /// Forwards the agent to `host` and keeps the session open.
     pub fn forward(&self, agent: &Agent, host: &str, key: &Path) -> Forwarded {
-        let mut session = self
-            .ssh(agent)
-            .arg("-A")
-            .arg("-i")
-            .arg(key)
-            .args([host, "echo $SSH_AUTH_SOCK; exec cat"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(session.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let socket = PathBuf::from(line.trim());
-        let stdin = session.stdin.take();
-        assert!(socket.is_absolute(), "no forwarded agent: {line:?}");
-        Forwarded { session, stdin, socket, home: self.dir().to_owned() }
+        self.forward_socket(agent.socket(), host, key)
+    }
+
+    /// Forwards the agent that listens at `socket`.
+    pub fn forward_socket(&self, socket: &Path, host: &str, key: &Path) -> Forwarded {
+        let mut ssh = command("ssh", self.dir());
+        ssh.env("SSH_AUTH_SOCK", socket).arg("-F").arg(self.ssh_config()).arg("-A").arg("-i").arg(key);
+        Forwarded::start(ssh.args([host, "echo $SSH_AUTH_SOCK; exec cat"]), self.dir())
+    }
+
+    /// Makes a socket of this machine one of `host`, as `ssh -R` does for whatever socket it is given.
+    pub fn forward_remotely(&self, socket: &Path, host: &str, key: &Path) -> Forwarded {
+        let there = self.dir().join("forwarded");
+        let mut ssh = command("ssh", self.dir());
+        ssh.arg("-F").arg(self.ssh_config()).args(["-o", "ExitOnForwardFailure=yes", "-i"]).arg(key);
+        ssh.arg("-R").arg(format!("{}:{}", there.display(), socket.display()));
+        Forwarded::start(ssh.args([host, &format!("echo {}; exec cat", there.display())]), self.dir())
+    }
+
+    /// Forwards the agent that listens at `socket` as paramiko does, which binds no session.
+    pub fn forward_by_paramiko(&self, socket: &Path, host: &str, key: &Path) -> Forwarded {
+        const PROGRAM: &str = r#"
+import getpass, sys, paramiko
+_, config, host, key = sys.argv
+found = paramiko.SSHConfig.from_path(config).lookup(host)
+client = paramiko.SSHClient()
+client.set_missing_host_key_policy(paramiko.AutoAddPolicy())
+client.connect(found["hostname"], int(found["port"]), getpass.getuser(), key_filename=key,
+               allow_agent=False, look_for_keys=False)
+session = client.get_transport().open_session()
+paramiko.agent.AgentRequestHandler(session)
+session.exec_command("echo $SSH_AUTH_SOCK; exec cat")
+print(session.makefile().readline(), end="", flush=True)
+sys.stdin.read()
+client.close()
+"#;
+        // Debian's, whose modules are Debian's packages.
+        let mut python = command("/usr/bin/python3", self.dir());
+        python.env("SSH_AUTH_SOCK", socket).args(["-c", PROGRAM]).arg(self.ssh_config()).arg(host).arg(key);
+        Forwarded::start(&mut python, self.dir())
     }
 }
 
@@ -188,6 +212,17 @@ pub struct Forwarded {
 }
 
 impl Forwarded {
+    /// Starts what forwards, prints the far side's socket and ends with its input.
+    fn start(forwarding: &mut Command, home: &Path) -> Self {
+        let mut session = forwarding.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(session.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let socket = PathBuf::from(line.trim());
+        let stdin = session.stdin.take();
+        assert!(socket.is_absolute(), "no forwarded agent: {line:?} (is python3-paramiko installed?)");
+        Self { session, stdin, socket, home: home.to_owned() }
+    }
+
     /// A connection from the far side.
     pub fn connect(&self) -> Client {
         Client::connect(&self.socket)
