@@ -249,14 +249,23 @@ impl Vault {
             Err(MarkError::Pending) => return Err(Refusal::PinUncertain(device.name().to_owned())),
             Err(error) => return Err(Refusal::NoPin(error.to_string())),
         };
+        let mut locked = pin!(self.locks.notified());
         match device.unlock(pin.clone()).await {
             Ok(()) => {
                 if let Err(error) = attempt.accepted().await {
                     warn!(device = device.name(), "the PIN was right, but that could not be written down: {error}");
                 }
                 info!(device = device.name(), "logged in");
-                if self.check_open().is_ok() {
-                    self.pins.with(device, |entry| entry.accepted = Some((serial, pin)));
+                // A lock forgets the PINs that it finds and no later one; that it was undone meanwhile changes nothing.
+                let kept = self.pins.with(device, |entry| {
+                    let keep = !locked.as_mut().enable() && self.check_open().is_ok();
+                    if keep {
+                        entry.accepted = Some((serial, pin));
+                    }
+                    keep
+                });
+                if !kept {
+                    let _ = device.lock().await;
                 }
                 Ok(())
             }
@@ -321,4 +330,92 @@ fn read_pin(path: &Path) -> Result<SecretString, String> {
     let pin = SecretString::from(Box::<str>::from(pin));
     debug_assert!(!pin.expose_secret().is_empty());
     Ok(pin)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tokio::sync::Notify;
+
+    use super::*;
+    use crate::{
+        devices::{Driver, Input, Scan, Scheme, Settings, Slot, compute::Compute, in_process::InProcess},
+        prompt::{self, Prompter},
+        vault::{Parts, registry::Terms, seal::Cost, store::Store},
+    };
+
+    /// A token that takes every PIN when it is told to.
+    struct Token(Arc<Gate>);
+
+    #[derive(Default)]
+    struct Gate {
+        asked: Notify,
+        answer: Notify,
+        logouts: Notify,
+    }
+
+    impl Driver for Token {
+        type Config = Arc<Gate>;
+        const KIND: &'static str = "token";
+
+        async fn open(gate: Arc<Gate>) -> Result<Self, DeviceError> {
+            Ok(Self(gate))
+        }
+
+        fn lanes(&self) -> usize {
+            2
+        }
+
+        async fn scan(&self) -> Result<Scan, DeviceError> {
+            Ok(Scan { keys: Vec::new(), complete: true, status: self.health().await? })
+        }
+
+        async fn sign(&self, _: &Slot, _: Scheme, _: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
+            Err(DeviceError::NoSuchKey)
+        }
+
+        async fn unlock(&self, _: SecretString) -> Result<(), DeviceError> {
+            self.0.asked.notify_one();
+            self.0.answer.notified().await;
+            Ok(())
+        }
+
+        async fn lock(&self) -> Result<(), DeviceError> {
+            self.0.logouts.notify_one();
+            Ok(())
+        }
+
+        async fn health(&self) -> Result<Status, DeviceError> {
+            Ok(Status { serial: "T".into(), locked: true, ..Status::default() })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pin_that_is_on_its_way_during_a_lock_is_not_kept() {
+        let parts = Parts {
+            prompter: Prompter::new(prompt::Settings::default()),
+            store: Store::in_memory().unwrap(),
+            compute: Compute::inline(),
+            lock_cost: Cost::least(),
+        };
+        let vault = Vault::new(crate::vault::Settings::default(), parts);
+        let gate = Arc::new(Gate::default());
+        let config = Arc::clone(&gate);
+        let engine = InProcess::<Token>::new(move || Arc::clone(&config));
+        let device = Device::start("token", Token::KIND, Settings::default(), engine);
+        vault.add_device(device.clone(), Terms::default(), &[]);
+        let caller = Arc::new(Caller::default());
+        let password = || Zeroizing::new(b"password".to_vec());
+        let login = {
+            let (vault, device, caller) = (Arc::clone(&vault), device.clone(), Arc::clone(&caller));
+            tokio::spawn(async move { vault.unlock_device(&device, &caller, "1234".into()).await })
+        };
+        gate.asked.notified().await;
+        Arc::clone(&vault).lock(Arc::clone(&caller), password()).await.unwrap();
+        Arc::clone(&vault).unlock(caller, password()).await.unwrap();
+        gate.answer.notify_one();
+        login.await.unwrap().unwrap();
+        assert!(vault.pins.with(&device, |entry| entry.accepted.is_none()));
+        gate.logouts.notified().await;
+    }
 }
