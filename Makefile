@@ -6,14 +6,15 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 BINARY := $(TARGET)/release/strongroom
 ROOT = $(DESTDIR)$(PREFIX)
 
-.PHONY: help run build test lint bench soak install uninstall
+.PHONY: help run build virtual-card test lint bench bench-agents soak install uninstall
 
 help:
 	@echo 'make run      build Strongroom, start it, and print the line that points ssh and git at it'
 	@echo 'make test     install what the tests need, and run them all'
 	@echo 'make lint     rustfmt, clippy, cargo-deny, rustdoc, shellcheck'
-	@echo 'make bench    measure what bad devices cost everybody else'
-	@echo 'make soak     crash, time and simulate for as long as SOAK_CYCLES, SOAK_SAMPLES and SIM_SEEDS say'
+	@echo 'make bench    measure what bad devices cost everybody else, how fast tokens and cards are, and other agents'
+	@echo 'make soak     crash, damage, time and simulate for as long as SOAK_CYCLES, STORE_ROUNDS, STORE_CRASHES,'
+	@echo '              SOAK_SAMPLES and SIM_SEEDS say'
 	@echo 'make install  install into PREFIX ($(PREFIX)), below DESTDIR where that is set'
 
 run:
@@ -21,6 +22,10 @@ run:
 
 build:
 	$(CARGO) build --release --locked
+
+# The OpenPGP card of the tests: a package of its own, which is never installed.
+virtual-card:
+	$(CARGO) build --locked --manifest-path tests/virtual-card/Cargo.toml --target-dir $(TARGET)/virtual-card
 
 test:
 	@scripts/test
@@ -33,14 +38,31 @@ BENCH = $(CARGO) bench --locked --profile bench-scripted
 
 bench:
 	$(BENCH) --bench isolation
+	$(BENCH) --bench event_loop
+	$(BENCH) --bench pkcs11
+	$(BENCH) --bench store
+	$(MAKE) virtual-card
+	$(BENCH) --bench cards
+	$(MAKE) bench-agents
+
+# The table of docs/performance/agents.md, with its picture.
+ROUNDS ?= 5
+
+bench-agents: build
+	STRONGROOM_RELEASE=$(abspath $(BINARY)) $(BENCH) --bench agents -- $(ROUNDS) --write $(CURDIR)/docs/performance
 
 SOAK_CYCLES ?= 10000
 SOAK_SAMPLES ?= 200000
 SIM_SEEDS ?= 1000000
+STORE_ROUNDS ?= 5000
+STORE_CRASHES ?= 1000
 
 soak:
 	$(BENCH) --bench restarts -- $(SOAK_CYCLES)
 	$(BENCH) --bench pkcs1_timing -- $(SOAK_SAMPLES)
+	STORE_ROUNDS=$(STORE_ROUNDS) $(CARGO) test --locked --profile bench-scripted --test store_faults -- --nocapture
+	STORE_ROUNDS=$(STORE_ROUNDS) $(CARGO) test --locked --profile bench-scripted --lib store::tests::damage -- --nocapture
+	STORE_CRASHES=$(STORE_CRASHES) $(CARGO) test --locked --profile bench-scripted --test store_crash -- --nocapture
 	SIM_SEEDS=$(SIM_SEEDS) $(CARGO) test --locked --profile bench-scripted --test simulation more_seeds_hold
 
 # Run `make build` first, as yourself; then `make install`, as root.

@@ -1,6 +1,7 @@
 //! What do bad devices cost everybody else? Signatures with a soft Ed25519 key and lists over eight connections, alone and
 //! beside three devices that 64 clients each ask without a pause: one that hangs for ever, one that takes 50 ms, one that
-//! crashes at every third signature. And: how long until a device whose process is killed is ready again.
+//! crashes at every third signature. Then beside a PKCS#11 module that hangs, crashes, ends its process, dawdles, fails or
+//! lies, mood by mood. And: how long until a device whose process is killed is ready again.
 //!
 //! Method. The daemon is the real one, in a profile that is a release but for the assertions which let the scripted device
 //! in. Rounds without and with the clients of the bad devices alternate, so that both see the same machine; each figure is
@@ -23,9 +24,11 @@ use std::{
 
 use rustix::process::{Signal, kill_process};
 use support::{
+    bad_module::BadModule,
     client::{Client, Key, REQUEST_IDENTITIES, SIGN_REQUEST, SIGN_RESPONSE, message},
     daemon::{Daemon, Home},
     eventually,
+    softhsm::SoftHsm,
 };
 
 const ROUNDS: usize = 7;
@@ -44,6 +47,9 @@ const DEVICES: [(&str, &str); 3] = [
     ("flapping", "[[rule]]\non = \"sign\"\nfrom = 3\ndo = { crash = \"abort\" }\n"),
 ];
 
+/// What the PKCS#11 module does at each signature (tests/pkcs11/bad.c).
+const MOODS: [&str; 6] = ["hang", "crash", "exit", "slow=50", "fail=30", "wrong"];
+
 fn main() {
     // Cargo adds `--bench`.
     let rounds = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(ROUNDS);
@@ -57,25 +63,46 @@ fn main() {
         "control = CONTROL\n[[key]]\nslot = \"k\"\ntype = \"p256\"\nseed = 9\nlabel = \"killed\"\n",
         "",
     );
+    let (hsm, module) = (SoftHsm::with_token("moody"), BadModule::build());
+    hsm.generate("moody", "EC:prime256v1", "01", "moody", &[]);
+    home.configure(&hsm.device_of(&module.path(), "moody", "moody", "timeout = \"1s\"\ngrace = \"100ms\""));
     let daemon = home.start();
     let soft = Key::random();
     assert_eq!(daemon.connect().request(&soft.add_message(b"soft", &[])), [6]);
     let keys: Vec<_> = DEVICES.iter().map(|(name, _)| blob(&daemon, name)).collect();
 
-    let mut alone = Figures::default();
-    let mut beside = Figures::default();
-    for _ in 0..rounds {
-        alone.add(&measure(&daemon, &soft));
-        let hammering = Hammering::start(&daemon, &keys);
-        beside.add(&measure(&daemon, &soft));
-        let requests = hammering.stop();
-        println!("  (the bad devices' clients asked {} times)", requests.load(Ordering::Relaxed));
-    }
     println!("{CONNECTIONS} connections, {rounds} rounds of {} s; µs", ROUND.as_secs());
-    for (what, alone, beside) in [("sign", &alone.sign, &beside.sign), ("list", &alone.list, &beside.list)] {
+    compare("the three", rounds, &daemon, &soft, &keys);
+    let moody = [blob(&daemon, "moody")];
+    for mood in MOODS {
+        module.mood(&format!("C_Sign {mood}\n"));
+        compare(mood, rounds, &daemon, &soft, &moody);
+        module.recover();
+        let mut client = daemon.connect();
+        let began = Instant::now();
+        while client.request(&sign(&moody[0]))[0] != SIGN_RESPONSE {}
+        println!("{mood}: signed again after {:?}", began.elapsed());
+    }
+
+    let killed = blob(&daemon, "killed");
+    let back: Vec<_> = (0..KILLS).map(|_| kill(&daemon, &killed)).collect();
+    println!("killed in the middle of 100 requests and ready again, {KILLS} times in a row: {back:?}");
+}
+
+/// What signatures and lists cost alone, and beside the clients of these keys.
+fn compare(what: &str, rounds: usize, daemon: &Daemon<'_>, soft: &Key, keys: &[Vec<u8>]) {
+    let (mut alone, mut beside) = (Figures::default(), Figures::default());
+    let mut asked = 0;
+    for _ in 0..rounds {
+        alone.add(&measure(daemon, soft));
+        let hammering = Hammering::start(daemon, keys);
+        beside.add(&measure(daemon, soft));
+        asked += hammering.stop().load(Ordering::Relaxed);
+    }
+    for (operation, alone, beside) in [("sign", &alone.sign, &beside.sign), ("list", &alone.list, &beside.list)] {
         let [p50, p99] = [0, 1].map(|n| (median(alone, n), median(beside, n)));
         println!(
-            "{what}: p50 {} alone, {} beside; p99 {} alone, {} beside: {:+} µs",
+            "{what}: {operation}: p50 {} alone, {} beside; p99 {} alone, {} beside: {:+} µs ({asked} answers)",
             p50.0,
             p50.1,
             p99.0,
@@ -83,10 +110,6 @@ fn main() {
             p99.1.cast_signed() - p99.0.cast_signed()
         );
     }
-
-    let killed = blob(&daemon, "killed");
-    let back: Vec<_> = (0..KILLS).map(|_| kill(&daemon, &killed)).collect();
-    println!("killed in the middle of 100 requests and ready again, {KILLS} times in a row: {back:?}");
 }
 
 /// `[p50, p99]` of each round, in microseconds.

@@ -2,9 +2,10 @@
 //!
 //! Method. One RSA-1024 key, whose arithmetic hides the least of what comes after it; as many ciphertexts with good
 //! padding as with bad, the bad ones with a wrong first byte, a wrong second byte, a zero byte among the first eight of
-//! the padding, or no zero byte at all, in equal parts. Messages with good padding have random lengths, as those that
-//! stand in for bad padding do: the length of a reply is no secret. The samples of both classes are interleaved at random
-//! and taken on one thread, each the wall-clock time of one `SoftKey::operate`; the first tenth only warms up. The means
+//! the padding, or no zero byte at all, in equal parts. The length of a reply is no secret, and takes a little time: for each
+//! bad ciphertext there is a good one whose message is as long as what stands in for the bad one. There are thousands of
+//! each, since every number has a time of its own; with a few hundred the classes differ by which were drawn. The samples of
+//! both are interleaved at random and taken on one thread, each the wall-clock time of one `SoftKey::operate`; the first tenth only warms up. The means
 //! are compared by Welch's t-test, over all samples and over those below several percentiles of both classes together,
 //! since what interrupts a process hides small differences (dudect: Reparaz, Balasch and Verbauwhede, 2017). A |t| above
 //! 4.5 in any of them fails. The difference that would have been found is printed: it shrinks with the square root of
@@ -25,13 +26,16 @@ use std::{
 
 use aws_lc_rs::rand;
 use strongroom::devices::DecryptScheme;
-use support::{command, run, soft::Soft};
+use support::{
+    command, run,
+    soft::{Soft, unhex},
+};
 use tempfile::TempDir;
 
 const SAMPLES: usize = 200_000;
 const MODULUS: usize = 128;
 /// Of each class.
-const CIPHERTEXTS: usize = 256;
+const CIPHERTEXTS: usize = 8192;
 const LIMIT: f64 = 4.5;
 const PERCENTILES: [usize; 6] = [10, 25, 50, 75, 90, 100];
 
@@ -42,15 +46,19 @@ fn main() -> ExitCode {
     let key = Soft::generate(dir.path(), "key", &["-t", "rsa", "-b", "1024"]);
     let pem = run(command("ssh-keygen", dir.path()).args(["-e", "-m", "PKCS8", "-f", "key.pub"])).ok();
     fs::write(dir.path().join("key.pem"), pem).unwrap();
-    let good: Vec<_> = (0..CIPHERTEXTS).map(|_| encrypt(dir.path(), &padded())).collect();
-    let bad: Vec<_> = (0..CIPHERTEXTS).map(|n| encrypt(dir.path(), &spoilt(n))).collect();
+    let bad = encrypt(dir.path(), (0..CIPHERTEXTS).map(spoilt));
+    let lengths = bad.iter().map(|bad| key.decrypt(DecryptScheme::RsaPkcs1v15, b"", bad).expect("a message").len());
+    let good = encrypt(dir.path(), lengths.map(padded));
 
-    let mut times = [Vec::new(), Vec::new()];
+    let mut times = [Vec::with_capacity(samples), Vec::with_capacity(samples)];
+    let mut ciphertext = [0; MODULUS];
     for n in 0..samples {
-        let [class, which] = random();
-        let ciphertext = [&good, &bad][usize::from(class & 1)][usize::from(which)].as_slice();
+        let [class, high, low] = random();
+        let which = usize::from(u16::from_be_bytes([high, low])) % CIPHERTEXTS;
+        // Both from the same place: where in memory a class lies is not what is asked.
+        ciphertext.copy_from_slice(&[&good, &bad][usize::from(class & 1)][which]);
         let start = Instant::now();
-        let result = key.decrypt(DecryptScheme::RsaPkcs1v15, b"", ciphertext);
+        let result = key.decrypt(DecryptScheme::RsaPkcs1v15, b"", &ciphertext);
         let time = start.elapsed();
         result.expect("no padding is an error");
         if n >= samples / 10 {
@@ -94,17 +102,16 @@ fn compare(good: &[Duration], bad: &[Duration], crop: Duration) -> (f64, f64) {
     (good.0 - bad.0, (good.1 + bad.1).sqrt())
 }
 
-/// EMSA's counterpart for encryption: 0, 2, at least eight bytes that are not zero, 0, the message.
-fn padded() -> Vec<u8> {
-    let [len] = random();
-    let zero = MODULUS - 1 - usize::from(len) % (MODULUS - 10);
+/// EMSA's counterpart for encryption: 0, 2, at least eight bytes that are not zero, 0, a message of this length.
+fn padded(len: usize) -> Vec<u8> {
     let mut block: Vec<_> = random::<MODULUS>().into_iter().map(|byte| byte.max(1)).collect();
-    (block[0], block[1], block[zero]) = (0, 2, 0);
+    (block[0], block[1], block[MODULUS - 1 - len]) = (0, 2, 0);
     block
 }
 
 fn spoilt(n: usize) -> Vec<u8> {
-    let mut block = padded();
+    let [len] = random();
+    let mut block = padded(usize::from(len) % (MODULUS - 10));
     match n % 4 {
         0 => block[0] = 1,
         1 => block[1] = 1,
@@ -114,11 +121,15 @@ fn spoilt(n: usize) -> Vec<u8> {
     block
 }
 
-fn encrypt(dir: &Path, block: &[u8]) -> Vec<u8> {
-    fs::write(dir.join("block"), block).unwrap();
-    let options = "pkeyutl -encrypt -pubin -inkey key.pem -pkeyopt rsa_padding_mode:none -in block -out ciphertext";
-    run(command("openssl", dir).args(options.split(' '))).ok();
-    fs::read(dir.join("ciphertext")).unwrap()
+/// The blocks to the public exponent, by Python, which takes no second for all of them.
+fn encrypt(dir: &Path, blocks: impl Iterator<Item = Vec<u8>>) -> Vec<Vec<u8>> {
+    const PROGRAM: &str = "import sys\nn = int(sys.argv[1], 16)\nfor line in open('blocks'):\n    print('%0256x' % pow(int(line, 16), 65537, n))";
+    let hex = |block: Vec<u8>| block.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n";
+    fs::write(dir.join("blocks"), blocks.map(hex).collect::<String>()).unwrap();
+    let modulus = run(command("openssl", dir).args(["rsa", "-pubin", "-in", "key.pem", "-noout", "-modulus"])).ok();
+    let modulus = modulus.trim().trim_start_matches("Modulus=");
+    let lines = run(command("python3", dir).args(["-c", PROGRAM, modulus])).ok();
+    lines.lines().map(unhex).collect()
 }
 
 fn random<const N: usize>() -> [u8; N] {

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Writes the seeds that the fuzz targets start from, into fuzz/seeds. Needs ssh-keygen and ssh-agent.
+"""Writes the seeds that the fuzz targets start from, into fuzz/seeds. Needs ssh-keygen, ssh-agent,
+openssl, puttygen and age.
 
 The keys are new each time; run it only when the seeds are to change, and commit what it wrote.
 """
 
 import base64
+import hashlib
 import os
 import shutil
 import socket
@@ -19,9 +21,16 @@ VECTORS = SEEDS.parent.parent / "tests/vectors/messages.txt"
 # The key that the target `session` puts into the vault: RFC 8032, section 7.1, test 1.
 VAULT_KEY = bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a")
 
+# Whom the target `store` decrypts for.
+AGE_RECIPIENT = "age19ctdlvqlvj96l3232g395x0fuj739nzajhmw3cuhn08wvxka9qqqhfp0l8"
+
 
 def u32(n):
     return struct.pack(">I", n)
+
+
+def u64(n):
+    return struct.pack(">Q", n)
 
 
 def string(b):
@@ -31,6 +40,22 @@ def string(b):
 
 def frame(body):
     return string(body)
+
+
+def sha256(b):
+    return hashlib.sha256(b).digest()
+
+
+def envelope(sequence, name, value=None):
+    """A record of the state on disk; without a value, one that was removed."""
+    whole = b"\x93SR1" + bytes([value is not None]) + u64(sequence) + string(name) + string(value or b"")
+    return whole + sha256(whole)[:16]
+
+
+def copy_frame(kind, sequence, previous, body):
+    """A frame of the second copy, and its hash."""
+    whole = b"\x93SC1" + bytes([kind]) + u64(sequence) + previous + string(body)
+    return whole + sha256(whole), sha256(whole)
 
 
 def take(b):
@@ -250,6 +275,8 @@ def make(directory, agent):
     slot, pss, oaep = string("slot"), b"\2\1", b"\0\1"
     found = slot + string(ed25519.blob) + u64(1) + string(user) + string("label")
     found += u64(2) + pss + b"\4" + u64(1) + oaep + u64(1) + b"\1" + b"\1"
+    new = string("label") + string("ed25519") + string("auth") + string("fixed")
+    private = string("ssh-ed25519") + string(bytes(32)) + string(bytes(64))
     calls = {
         "open": u64(0) + b"\0" + string("config"),
         "scan": head + b"\1",
@@ -258,6 +285,10 @@ def make(directory, agent):
         "sign": head + b"\6" + slot + pss + b"\0" + string("message"),
         "decrypt": head + b"\7" + slot + oaep + string("label") + string("ciphertext"),
         "derive": head + b"\10" + slot + b"\0" + string("peer"),
+        "generate": head + b"\11" + new + b"\1" + string("87654321"),
+        "import": head + b"\12" + new + b"\0" + string("") + string(private),
+        "rename": head + b"\13" + slot + string("label"),
+        "delete": head + b"\14" + slot,
     }
     answers = {
         "wrong-pin": head + b"\0\2\1\3",
@@ -267,10 +298,17 @@ def make(directory, agent):
         "status": head + b"\3" + status,
         "done": head + b"\4",
         "bytes": head + b"\5" + string("result"),
+        "made": head + b"\6" + found,
     }
     for side, frames in ((b"\0", calls), (b"\1", answers)):
         for name, body in frames.items():
             write("host", name, side + body)
+
+    # What the process that watches the readers tells.
+    cards = [("Reader A 00 00", "0006:12345678"), ("Reader B 00 00", "FFFE:00000001")]
+    write("readers", "cards", b"\1" + u32(len(cards)) + b"".join(string(reader) + string(ident) for reader, ident in cards))
+    write("readers", "none", b"\1" + u32(0))
+    write("readers", "trouble", b"\0" + string("pcscd does not answer"))
 
     # Streams.
     stream = b"".join(map(frame, (everything, use, unlock)))
@@ -278,6 +316,64 @@ def make(directory, agent):
     write("frame", "cut", b"\3\1\5\2" + stream)
     write("frame", "broken", b"\1\7" + stream + u32(0))
     write("frame", "too-long", b"\1\7" + stream + u32(256 * 1024 + 1))
+
+    # Keys on their way: one description and private half, an offer, a wrap.
+    point, seed = bytes(range(32)), bytes(32)
+    blob = string("ssh-ed25519") + string(point)
+    described = string(blob) + string("name") + string("comment") + u64(1) + bytes([1, 1, 0, 0, 0, 0]) + u32(0) + b"\0" + u32(0) + b"\0\0"
+    write("carried", "keys", b"strongroom keys 1\n" + u64(7) + u32(1) + string(described) + string(seed))
+    write("carried", "offer", b"strongroom offer 1\n" + bytes(16) + u64(7) + string("target") + point)
+    write("carried", "wrap", b"strongroom wrap 1\n" + bytes(16) + u64(7) + point + string(bytes(64)))
+
+    # The state on disk, by docs/store.md: a slot, a key, its metadata, a second copy with one change.
+    blob = string("ssh-ed25519") + string(bytes(32))
+    there = string("me") + string("host") + u32(1) + string(blob) + b"\0"
+    metadata = string(blob) + string("work") + string("me@here") + u64(7) + b"\1\1\0\1\0\0"
+    metadata += u32(1) + string("") + string("") + u32(0) + there + b"\1" + u64(9) + u32(0) + b"\0\0"
+    slot = u32(2) + string("boot") + u64(7) + b"\3" + bytes(16) + string("/etc/key") + string(bytes(72)) + bytes(32)
+    write("store", "slot", u32(2) + b"\1" + slot)
+    write("store", "metadata", metadata)
+    write("store", "key", sha256(blob) + b"\1" + string(metadata) + bytes(24) + string(bytes(48)))
+    hsm = envelope(1, b"\2hsm", b"\1")
+    copy, last = copy_frame(1, 1, bytes(32), bytes(16) + u32(1) + u32(1))
+    for kind, sequence, body in ((2, 1, hsm), (3, 2, envelope(2, b"\2hsm") + envelope(2, b"\2usb", b"\1"))):
+        part, last = copy_frame(kind, sequence, last, body)
+        copy += part
+    write("store", "copy", copy)
+    encrypted = subprocess.run(["age", "-r", AGE_RECIPIENT], input=b"plain", capture_output=True, check=True)
+    write("store", "age", encrypted.stdout)
+
+    with tempfile.TemporaryDirectory() as directory:
+        key_files(directory)
+
+
+def key_files(directory):
+    """Private keys in the formats of other programs."""
+    openssl = lambda *arguments: run("openssl", *arguments, cwd=directory)
+    openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", "ec.pem")
+    openssl("genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:1024", "-out", "rsa.pem")
+    openssl("genpkey", "-algorithm", "X25519", "-outform", "DER", "-out", "x25519.der")
+    openssl("pkey", "-in", "ec.pem", "-traditional", "-out", "sec1.pem")
+    openssl("pkey", "-in", "rsa.pem", "-traditional", "-outform", "DER", "-out", "pkcs1.der")
+    for how, name in (("PBE-SHA1-3DES", "pkcs12.der"), ("", "encrypted.der")):
+        old = ["-v1", how] if how else []
+        openssl("pkcs8", "-topk8", "-in", "ec.pem", "-passout", "pass:x", *old, "-outform", "DER", "-out", name)
+    openssl("pkey", "-in", "rsa.pem", "-traditional", "-aes128", "-passout", "pass:x", "-out", "dek.pem")
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", "openssh", cwd=directory)
+    run("puttygen", "openssh", "-O", "private", "-o", "putty.ppk", cwd=directory)
+    pems = ["ec.pem", "sec1.pem", "dek.pem", "openssh", "putty.ppk"]
+    for name in [*pems, "x25519.der", "pkcs1.der", "pkcs12.der", "encrypted.der"]:
+        write("key_file", name, Path(directory, name).read_bytes())
+    home = ["env", f"GNUPGHOME={directory}", "gpg", "--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"]
+    run(*home, "--quick-generate-key", "seed", "ed25519", "cert", "0", cwd=directory)
+    fingerprint = run(*home, "--with-colons", "--list-keys", "seed", cwd=directory).decode().split("fpr:")[1].strip(":").split(":")[0]
+    run(*home, "--quick-add-key", fingerprint, "cv25519", "encrypt", "0", cwd=directory)
+    run(*home, "--output", "openpgp", "--export-secret-keys", "seed", cwd=directory)
+    run(*home, "--output", "openpgp.asc", "--armor", "--export-secret-keys", "seed", cwd=directory)
+    run("env", f"GNUPGHOME={directory}", "gpgconf", "--kill", "all", cwd=directory)
+    for name in ("openpgp", "openpgp.asc"):
+        write("key_file", name, Path(directory, name).read_bytes())
+    write("key_file", "tor", b"== ed25519v1-secret: type0 ==\0\0\0" + bytes(range(64)))
 
 
 main()

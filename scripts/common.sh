@@ -3,7 +3,10 @@
 
 # What `cargo build` calls.
 # shellcheck disable=SC2034 # the scripts that source this use it
-BUILD_PACKAGES=(gcc libc6-dev make)
+BUILD_PACKAGES=(gcc libc6-dev libpcsclite-dev make pkg-config)
+# What building tests/virtual-card calls besides.
+# shellcheck disable=SC2034
+CARD_PACKAGES=(clang libclang-dev)
 
 say() { echo "$*" >&2; }
 

@@ -2,7 +2,11 @@
 //!
 //! No file is needed to start. `contrib/config.toml` shows every setting with its default.
 
+mod audit;
+mod client;
 mod device;
+pub mod edit;
+mod store;
 
 use std::{
     env, fs, io,
@@ -16,9 +20,14 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 use thiserror::Error;
 use toml::Spanned;
 
+pub use audit::AuditConfig;
+pub use client::DoorClient;
 pub use device::{DeviceConfig, DriverConfig};
+pub use store::StoreConfig;
 
 use crate::{prompt::MAX_OPEN, public_key::FingerprintHash};
+use audit::AuditForm;
+use client::ClientForm;
 use device::DeviceForm;
 
 /// A file longer than this is not a configuration, in bytes.
@@ -40,12 +49,18 @@ pub struct Config {
     pub listen: Vec<Listen>,
     /// The devices that the vault holds, in the file's order.
     pub devices: Vec<DeviceConfig>,
+    /// OpenPGP cards.
+    pub openpgp: OpenPgpConfig,
     /// What keys may do.
     pub agent: AgentConfig,
     /// How people are asked.
     pub prompt: PromptConfig,
-    /// What is written down.
+    /// What is written down of the daemon's doings.
     pub log: LogConfig,
+    /// What is written down of the use of keys.
+    pub audit: AuditConfig,
+    /// When the encrypted store is locked by itself.
+    pub store: StoreConfig,
     /// The directory of what must survive a restart: absolute. `None` when neither the settings nor the environment name
     /// one.
     pub state: Option<PathBuf>,
@@ -76,12 +91,25 @@ pub enum DoorKind {
 }
 
 impl DoorKind {
+    /// Its name in the configuration and the audit log.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ssh => "ssh",
+            Self::Service => "service",
+        }
+    }
+
     /// The file name of its socket below `$XDG_RUNTIME_DIR/strongroom`.
     fn socket_name(self) -> &'static str {
         match self {
             Self::Ssh => "agent",
             Self::Service => "service",
         }
+    }
+
+    /// Where its socket is by default.
+    pub fn default_path(self) -> PathBuf {
+        System::read().default_door(self).path
     }
 }
 
@@ -102,6 +130,22 @@ pub struct Listen {
     pub keys: Option<Vec<String>>,
     /// The extension messages spoken here beyond those of the door's kind.
     pub messages: Vec<String>,
+    /// What some of the uids get there in place of `keys`.
+    pub clients: Vec<DoorClient>,
+}
+
+/// OpenPGP cards.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OpenPgpConfig {
+    /// Whether cards that no `[[device]]` names become devices by themselves when they are put into a reader.
+    pub find: bool,
+}
+
+impl Default for OpenPgpConfig {
+    fn default() -> Self {
+        Self { find: true }
+    }
 }
 
 /// What keys may do: the options of ssh-agent(1).
@@ -118,6 +162,9 @@ pub struct AgentConfig {
     pub allowed_providers: String,
     /// Whether a forwarded connection may load a PKCS#11 provider (`-O allow-remote-pkcs11`).
     pub allow_remote_pkcs11: bool,
+    /// How long a PKCS#11 provider may take to say what its tokens hold, when it is added: 1 s to 5 min.
+    #[serde(deserialize_with = "provider_timeout")]
+    pub provider_timeout: Duration,
     /// Whether FIDO keys of web origins sign ssh's own messages only (off by `-O no-restrict-websafe`).
     pub restrict_websafe: bool,
     /// The FIDO applications that are free of that: patterns separated by commas (`-O websafe-allow`).
@@ -131,6 +178,7 @@ impl Default for AgentConfig {
             fingerprint_hash: FingerprintHash::default(),
             allowed_providers: DEFAULT_PROVIDERS.to_owned(),
             allow_remote_pkcs11: false,
+            provider_timeout: Duration::from_secs(30),
             restrict_websafe: true,
             websafe_allow: None,
         }
@@ -142,15 +190,26 @@ impl Default for AgentConfig {
 pub struct PromptConfig {
     /// The program that asks; without one it is `$SSH_ASKPASS`, or else the system's.
     pub askpass: Option<PathBuf>,
+    /// A pinentry that asks in place of `$SSH_ASKPASS` and the system's askpass. Where there is no askpass at all, the
+    /// system's pinentry asks.
+    pub pinentry: Option<PathBuf>,
     /// How long a prompt stays open: 5 s to 1 h. Nobody answering is a refusal.
     pub timeout: Duration,
     /// How many prompts one uid may have open: 1 to 64. A request that needs one more is refused.
     pub max_per_uid: usize,
+    /// Whether `notify-send` shows what a person is to do at a device, where it can; else askpass does.
+    pub notifications: bool,
 }
 
 impl Default for PromptConfig {
     fn default() -> Self {
-        Self { askpass: None, timeout: Duration::from_secs(60), max_per_uid: MAX_OPEN }
+        Self {
+            askpass: None,
+            pinentry: None,
+            timeout: Duration::from_secs(60),
+            max_per_uid: MAX_OPEN,
+            notifications: true,
+        }
     }
 }
 
@@ -180,6 +239,17 @@ pub enum ConfigError {
         /// What the system said.
         source: io::Error,
     },
+    /// The file cannot be written: make its directory writable, or name another one.
+    #[error("{path}: {source}", path = path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Neither the command line nor the environment says where the file is.
+    #[error("there is no place for a configuration file")]
+    NoPlace,
     /// Something in the file is wrong: correct that line. An older configuration may stay in force meanwhile.
     #[error("{path}:{line}: {message}", path = path.display())]
     Invalid {
@@ -213,6 +283,8 @@ impl ConfigError {
     pub fn remedy(&self) -> &'static str {
         match self {
             Self::Read { .. } => "Make the file readable, or name another one with --config.",
+            Self::Write { .. } => "Make its directory writable, or name another one with --config.",
+            Self::NoPlace => "Set HOME, or name a file with --config.",
             Self::Invalid { .. } => "Correct that line, or remove it to get the default.",
             Self::State { .. } | Self::Socket { .. } => "Name another path.",
         }
@@ -259,9 +331,12 @@ impl Config {
         Self {
             listen: doors.map(|door| system.default_door(door)).into(),
             devices: Vec::new(),
+            openpgp: OpenPgpConfig::default(),
             agent: AgentConfig::default(),
             prompt: PromptConfig::default(),
             log: LogConfig::default(),
+            audit: AuditConfig::default(),
+            store: StoreConfig::default(),
             state: system.state_home.clone(),
             origin: Origin::default(),
         }
@@ -279,9 +354,12 @@ impl Config {
         Ok(Self {
             listen,
             devices,
+            openpgp: form.openpgp,
             agent: form.agent,
             prompt: form.prompt.check(system)?,
             log: form.log,
+            audit: form.audit.check(system)?,
+            store: form.store,
             state,
             ..defaults
         })
@@ -390,6 +468,7 @@ impl System {
             uids: self.own_uids(),
             keys: None,
             messages: Vec::new(),
+            clients: Vec::new(),
         }
     }
 
@@ -464,9 +543,12 @@ struct FileForm {
     state: Option<Spanned<String>>,
     listen: Option<Vec<Spanned<ListenForm>>>,
     device: Vec<Spanned<DeviceForm>>,
+    openpgp: OpenPgpConfig,
     agent: AgentConfig,
     prompt: PromptForm,
     log: LogConfig,
+    audit: AuditForm,
+    store: StoreConfig,
 }
 
 #[derive(Deserialize)]
@@ -481,29 +563,44 @@ struct ListenForm {
     keys: Option<Vec<Spanned<String>>>,
     #[serde(default)]
     messages: Vec<Spanned<String>>,
+    #[serde(default)]
+    client: Vec<Spanned<ClientForm>>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct PromptForm {
     askpass: Option<Spanned<String>>,
+    pinentry: Option<Spanned<String>>,
     #[serde(deserialize_with = "prompt_timeout")]
     timeout: Duration,
     #[serde(deserialize_with = "max_per_uid")]
     max_per_uid: usize,
+    notifications: bool,
 }
 
 impl Default for PromptForm {
     fn default() -> Self {
-        let PromptConfig { timeout, max_per_uid, .. } = PromptConfig::default();
-        Self { askpass: None, timeout, max_per_uid }
+        let PromptConfig { timeout, max_per_uid, notifications, .. } = PromptConfig::default();
+        Self { askpass: None, pinentry: None, timeout, max_per_uid, notifications }
     }
 }
 
 impl PromptForm {
     fn check(self, system: &System) -> Result<PromptConfig, Fault> {
-        let askpass = self.askpass.map(|path| checked(&path, |path| system.expand(path))).transpose()?;
-        Ok(PromptConfig { askpass, timeout: self.timeout, max_per_uid: self.max_per_uid })
+        let program =
+            |path: Option<Spanned<String>>| path.map(|path| checked(&path, |path| system.expand(path))).transpose();
+        let Self { askpass, pinentry, timeout, max_per_uid, notifications } = self;
+        if let (Some(_), Some(pinentry)) = (&askpass, &pinentry) {
+            return Err(Fault::new(pinentry.span(), "either `askpass` asks or `pinentry`: name one of them"));
+        }
+        Ok(PromptConfig {
+            askpass: program(askpass)?,
+            pinentry: program(pinentry)?,
+            timeout,
+            max_per_uid,
+            notifications,
+        })
     }
 }
 
@@ -549,14 +646,17 @@ fn door(form: ListenForm, system: &System) -> Result<Listen, Fault> {
     let uids = form.uids.map(|users| checked_list(&users, |user| system.uid(user))).transpose()?;
     let keys = form.keys.map(|keys| checked_list(&keys, |key| sha256_fingerprint(key))).transpose()?;
     let messages = checked_list(&form.messages, |name| message_name(name))?;
+    let uids = uids.unwrap_or(defaults.uids);
+    let clients = client::clients(form.client, &uids, system)?;
     Ok(Listen {
         door: form.door,
         path: path.unwrap_or(defaults.path),
         mode: mode.unwrap_or(defaults.mode),
         group,
-        uids: uids.unwrap_or(defaults.uids),
+        uids,
         keys,
         messages,
+        clients,
     })
 }
 
@@ -639,6 +739,14 @@ fn prompt_timeout<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Err
     Err(D::Error::custom("a prompt stays open for \"5s\" to \"1h\""))
 }
 
+fn provider_timeout<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    let timeout = time(from)?;
+    if (1..=300).contains(&timeout.as_secs()) {
+        return Ok(timeout);
+    }
+    Err(D::Error::custom("a provider is waited for for \"1s\" to \"5m\""))
+}
+
 fn time<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(from)?;
     parse_time(&text).ok_or_else(|| D::Error::custom(format!("`{text}` is not a time, as in \"90s\" or \"1h30m\"")))
@@ -671,6 +779,7 @@ fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
 #[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
+    use crate::vault::key::Grants;
 
     fn system() -> System {
         System {
@@ -722,19 +831,31 @@ mod tests {
     fn the_example_shows_the_defaults_and_its_suggestions_are_valid() {
         let example = include_str!("../contrib/config.toml");
         assert_eq!(parse(example).unwrap(), parse("").unwrap());
-        let everything: Vec<_> = example.lines().map(|line| line.strip_prefix("#:").unwrap_or(line)).collect();
-        let config = parse(&everything.join("\n")).unwrap();
+        // Of the two that ask people, one is named.
+        let without = |other: &str| {
+            let lines = example.lines().filter(|line| !line.contains(&format!("#:{other} =")));
+            let everything: Vec<_> = lines.map(|line| line.strip_prefix("#:").unwrap_or(line)).collect();
+            parse(&everything.join("\n")).unwrap()
+        };
+        let config = without("pinentry");
         assert_eq!(config.agent.default_lifetime, Some(Duration::from_secs(9 * 3600 + 30 * 60)));
-        assert!(config.prompt.askpass.is_some());
+        assert!(config.prompt.askpass.is_some() && without("askpass").prompt.pinentry.is_some());
+        let drivers: Vec<_> = config.devices.iter().map(|device| device.driver.kind()).collect();
+        assert_eq!(drivers, ["pkcs11", "openpgp"]);
     }
 
     #[test]
-    fn the_readme_shows_valid_settings() {
-        let readme = include_str!("../README.md");
-        let blocks: Vec<_> = readme.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
-        assert!(!blocks.is_empty());
-        for block in blocks {
-            parse(block).unwrap();
+    fn the_readme_and_the_pages_of_the_devices_show_valid_settings() {
+        for page in [
+            include_str!("../README.md"),
+            include_str!("../docs/devices/openpgp-card.md"),
+            include_str!("../docs/devices/pkcs11.md"),
+        ] {
+            let blocks: Vec<_> = page.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+            assert!(!blocks.is_empty());
+            for block in blocks {
+                parse(block).unwrap();
+            }
         }
     }
 
@@ -743,8 +864,11 @@ mod tests {
         let key = "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU";
         let config = parse(&format!(
             "[[listen]]\ndoor = \"service\"\npath = \"~/vault/tor\"\nmode = \"0660\"\ngroup = \"0\"\n\
-             uids = [\"tor\", 0]\nkeys = [\"{key}\"]\nmessages = [\"ecdh@joyent.com\"]\n"
+             uids = [\"tor\", 0]\nkeys = [\"{key}\"]\nmessages = [\"ecdh@joyent.com\"]\n\
+             [[listen.client]]\nuid = \"tor\"\nkeys = []\noperations = [\"sign\"]\n[[listen.client]]\nuid = 0\n"
         ));
+        let tor = DoorClient { uid: 106, keys: Some(vec![]), operations: Grants { sign: true, ..Grants::NONE } };
+        let root = DoorClient { uid: 0, keys: None, operations: Grants::ALL };
         let expected = Listen {
             door: DoorKind::Service,
             path: "/home/ann/vault/tor".into(),
@@ -753,6 +877,7 @@ mod tests {
             uids: vec![106, 0],
             keys: Some(vec![key.to_owned()]),
             messages: vec!["ecdh@joyent.com".to_owned()],
+            clients: vec![tor, root],
         };
         assert_eq!(config.unwrap().listen, [expected]);
     }
@@ -783,14 +908,30 @@ mod tests {
             ("[[listen]]\npath = \"/run/\"", "c.toml:2: /run/ does not name a file"),
             ("[[listen]]\nkeys = [\"SHA256:abc\"]", "c.toml:2: `SHA256:abc` is not a fingerprint"),
             ("[[listen]]\nmessages = [\"session bind\"]", "c.toml:2: `session bind` is not the name of a message"),
+            ("[[listen]]\n[[listen.client]]\nuid = 7", "c.toml:3: uid 7 is not among the door's `uids`"),
+            ("[[listen]]\n[[listen.client]]\nuid = \"nobody-here\"", "c.toml:3: no user `nobody-here`"),
+            ("[[listen]]\n[[listen.client]]\nkeys = []", "c.toml:2: missing field `uid`"),
+            (
+                "[[listen]]\n[[listen.client]]\nuid = 0\n[[listen.client]]\nuid = \"root\"",
+                "c.toml:5: uid 0 is another client's already",
+            ),
+            ("[[listen]]\n[[listen.client]]\nuid = 0\nkeys = [\"x\"]", "c.toml:4: `x` is not a fingerprint"),
+            ("[[listen]]\n[[listen.client]]\nuid = 0\noperations = [\"fly\"]", "c.toml:4: unknown variant `fly`"),
+            ("[[listen]]\n[[listen.client]]\nuid = 0\nmode = 1", "c.toml:4: unknown field `mode`"),
             ("[[listen]]\n\n[[listen]]\n", "c.toml:3: /run/user/1000/strongroom/agent is another door's path"),
             ("listen = []", "c.toml:1: `listen` is empty"),
             ("\n[agent]\ndefault_lifetime = \"1y\"", "c.toml:3: `1y` is not a time"),
             ("[agent]\ndefault_lifetime = \"0\"", "c.toml:2: a key that lives 0 s"),
             ("[agent]\nfingerprint_hash = \"crc\"", "c.toml:2: unknown hash `crc`"),
+            ("[agent]\nprovider_timeout = \"6m\"", "c.toml:2: a provider is waited for"),
             ("[prompt]\ntimeout = \"4s\"", "c.toml:2: a prompt stays open"),
             ("[prompt]\nmax_per_uid = 0", "c.toml:2: the number of prompts"),
+            ("[prompt]\naskpass = \"/a\"\npinentry = \"/b\"", "c.toml:3: either `askpass` asks"),
             ("[prompt]\naskpass = \"ssh-askpass\"", "c.toml:2: `ssh-askpass` must begin with"),
+            ("[audit]\nmax_size = \"1K\"", "c.toml:2: `1K` is no size for the audit log"),
+            ("[audit]\nmax_size = \"2T\"", "c.toml:2: `2T` is no size for the audit log"),
+            ("[audit]\non_full = \"stop\"", "c.toml:2: unknown choice `stop`"),
+            ("[audit]\npath = \"audit\"", "c.toml:2: `audit` must begin with"),
             ("[log]\nlevel = \"loud\"", "c.toml:2: unknown level `loud`"),
         ];
         for (text, expected) in cases {

@@ -1,6 +1,12 @@
 //! Builds the vault, listens, and serves until a signal: what `strongroom agent` and the drop-in have in common.
 
+#[cfg(feature = "openpgp")]
+mod cards;
+#[cfg(not(feature = "openpgp"))]
+#[path = "daemon/no_cards.rs"]
+mod cards;
 mod devices;
+mod logind;
 mod server;
 mod sockets;
 
@@ -16,24 +22,29 @@ use sd_notify::NotifyState;
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use tracing::level_filters::LevelFilter;
 use tracing::{error, info, warn};
 
 pub use self::sockets::SocketError;
 
+use self::cards::Cards;
+use self::logind::LockOn;
 use self::server::Server;
 use self::sockets::{Socket, Source};
 use crate::agent::door::Door;
-use crate::config::{Config, PromptConfig};
+use crate::config::{AuditConfig, Config, PromptConfig};
 use crate::log::{self, Log, Target};
 use crate::prompt;
 use crate::public_key::FingerprintHash;
 use crate::sys::process;
 use crate::vault::{
     self,
+    audit::{self, Audit, AuditError, OnFull},
     policy::Rules,
-    store::{KnownDevice, Store, StoreError},
+    store::{Opened, Store, StoreError},
+    stored::{AutoLock, STORE},
 };
 
 /// What keys may do, by the drop-in's command line.
@@ -87,6 +98,15 @@ pub enum DaemonError {
     /// The state cannot be read or kept.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The audit log cannot be kept, and nothing may be done without it.
+    #[error(
+        "the audit log needs a state directory, and `on_full = \"refuse\"` in [audit] wants it; name one with --state that \
+         no other strongroom uses"
+    )]
+    NoStateForAudit,
+    /// The audit log cannot be begun.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// There is no directory for the state.
     #[error("the devices need a place for their state; set HOME, or name a directory with --state")]
     NoStateDirectory,
@@ -108,14 +128,14 @@ pub fn serve_ssh_agent(
     // As quiet as ssh-agent, which without -d logs what went wrong and nothing else.
     let _log = Log::start(target, if foreground.debug { LevelFilter::DEBUG } else { LevelFilter::WARN });
     let store = Store::in_memory().map_err(io::Error::other)?;
-    let mut server = Server::new(options.into(), prompt::Settings::default(), store)?;
+    let mut server = Server::new(options.into(), prompt::Settings::default(), store, Audit::off())?;
     let (_door, door) = watch::channel(Arc::new(Door::ssh_agent()));
     let mut signals = {
         let _runtime = server.runtime().enter();
         Signals::new()?
     };
     server.listen(listener, door)?;
-    Server::warm_up();
+    server.warm_up();
     ready()?;
     let parent_gone = async {
         match foreground.parent {
@@ -134,6 +154,8 @@ pub fn serve_ssh_agent(
                     Told::Interrupt if foreground.interactive => return Ok(Ended::Interrupted),
                     Told::Interrupt => {}
                     Told::Wipe => server.vault().wipe(),
+                    // It has no store.
+                    Told::LockStore => {}
                 },
             }
         }
@@ -149,26 +171,66 @@ pub fn run_agent(config: Config) -> Result<(), DaemonError> {
     process::deny_core_files().map_err(DaemonError::Harden)?;
     let sockets = sockets::all(&config)?;
     let log = Log::start(Target::Stderr, log::level(&config.log.level));
-    let (store, known) = open_store(&config)?;
-    let agent = Agent::start(config, sockets, log, store, &known).map_err(DaemonError::Start)?;
+    let opened = open_store(&config)?;
+    let audit = start_audit(&config, &opened.store)?;
+    let agent = Agent::start(config, sockets, log, opened, audit).map_err(DaemonError::Start)?;
     agent.run();
     Ok(())
 }
 
-/// What the devices left behind when they were last seen. Without devices there is nothing to remember.
-fn open_store(config: &Config) -> Result<(Store, Vec<KnownDevice>), DaemonError> {
-    if config.devices.is_empty() {
-        return Ok((Store::in_memory()?, Vec::new()));
+/// What the devices left behind when they were last seen, and what `ssh-add -s` did. Without devices the vault also runs
+/// without: then nothing outlives it, and no device can be added until it is started again.
+fn open_store(config: &Config) -> Result<Opened, DaemonError> {
+    let without = |why: &dyn std::fmt::Display| {
+        warn!("nothing is kept for the next start: {why}");
+        Ok(Opened { store: Store::in_memory()?, devices: Vec::new(), keys: Vec::new() })
+    };
+    match config.state.as_deref().map(Store::open) {
+        None if config.devices.is_empty() => without(&DaemonError::NoStateDirectory),
+        None => Err(DaemonError::NoStateDirectory),
+        Some(Err(error @ (StoreError::Io { .. } | StoreError::InUse { .. }))) if config.devices.is_empty() => {
+            without(&error)
+        }
+        Some(opened) => Ok(opened?),
     }
-    let directory = config.state.as_deref().ok_or(DaemonError::NoStateDirectory)?;
-    Ok(Store::open(directory)?)
+}
+
+/// The audit log of the configuration. It needs the state, which knows how far it was written. Where keys may be used
+/// without a log, the vault also runs without one.
+fn start_audit(config: &Config, store: &Store) -> Result<Audit, DaemonError> {
+    let Some(settings) = audit_settings(config) else { return Ok(Audit::off()) };
+    let must = settings.on_full == OnFull::Refuse;
+    if !store.is_durable() {
+        if must {
+            return Err(DaemonError::NoStateForAudit);
+        }
+        warn!("nothing is written down of the use of keys, because nothing is kept for the next start");
+        return Ok(Audit::off());
+    }
+    match Audit::start(&settings, store) {
+        Err(error @ AuditError::Io { .. }) if !must => {
+            error!("nothing is written down of the use of keys: {error}");
+            Ok(Audit::off())
+        }
+        started => Ok(started?),
+    }
+}
+
+/// How the audit log is to be kept; `None` for not at all.
+fn audit_settings(config: &Config) -> Option<audit::Settings> {
+    let AuditConfig { enabled, path, max_size, on_full } = &config.audit;
+    let directory = path.clone().or_else(|| Some(config.state.as_ref()?.join("audit")))?;
+    enabled.then_some(audit::Settings { directory, max_size: *max_size, on_full: *on_full })
 }
 
 /// `strongroom agent` at work.
 struct Agent {
+    cards: Cards,
     server: Server,
     signals: Signals,
     doors: Vec<OpenDoor>,
+    /// What locks the store when logind says so.
+    logind: Option<AbortHandle>,
     config: Config,
     // Last, so that the end of everything else is logged.
     log: Log,
@@ -183,15 +245,19 @@ struct OpenDoor {
 }
 
 impl Agent {
-    fn start(config: Config, sockets: Vec<Socket>, log: Log, store: Store, known: &[KnownDevice]) -> io::Result<Self> {
-        let mut server = Server::new((&config).into(), (&config.prompt).into(), store)?;
+    fn start(config: Config, sockets: Vec<Socket>, log: Log, opened: Opened, audit: Audit) -> io::Result<Self> {
+        let Opened { store, devices: known, keys } = opened;
+        let mut server = Server::new((&config).into(), (&config.prompt).into(), store, audit)?;
+        server.vault().hold_stored(keys);
         let signals = {
             let _runtime = server.runtime().enter();
             Signals::new()?
         };
+        let cards = Cards::new(server.vault());
         {
             let _runtime = server.runtime().enter();
-            devices::add_all(server.vault(), &config.devices, known);
+            devices::add_all(server.vault(), &cards, &config.devices, &known);
+            cards.find(&config, &known);
         }
         let mut doors = Vec::with_capacity(sockets.len());
         for Socket { listener, listen, source } in sockets {
@@ -203,11 +269,14 @@ impl Agent {
             }
             doors.push(OpenDoor { door: sender, listen, source });
         }
-        Server::warm_up();
+        server.warm_up();
+        let vault = Arc::clone(server.vault());
+        server.runtime().spawn(async move { vault.unlock_unattended().await });
+        let logind = follow_logind(&server, &config);
         if let Some(every) = sd_notify::watchdog_enabled().filter(|every| !every.is_zero()) {
             server.runtime().spawn(feed_watchdog(every / 2));
         }
-        Ok(Self { server, signals, doors, config, log })
+        Ok(Self { cards, server, signals, doors, logind, config, log })
     }
 
     /// Serves until told to end.
@@ -218,7 +287,12 @@ impl Agent {
                 Told::Terminate => break "SIGTERM",
                 Told::Interrupt => break "SIGINT",
                 Told::HangUp => self.reload(),
-                Told::Wipe => self.server.vault().wipe(),
+                Told::LockStore => self.lock_store(),
+                Told::Wipe => {
+                    // It logs out of devices, which a task of its own does.
+                    let _runtime = self.server.runtime().enter();
+                    self.server.vault().wipe();
+                }
             }
         };
         tell_systemd(&[NotifyState::Stopping]);
@@ -226,6 +300,13 @@ impl Agent {
         // The files first: a client that finds no socket knows at once that nobody is there.
         self.doors.clear();
         self.server.end();
+    }
+
+    /// Locks the encrypted store, as SIGUSR2 asks.
+    fn lock_store(&self) {
+        let vault = self.server.vault();
+        vault.audit().act("lock").device(STORE).end(Ok(())).ok();
+        vault.lock_store();
     }
 
     /// Reads the configuration again. If it has an error, the old one stays in force as a whole.
@@ -242,7 +323,7 @@ impl Agent {
         tell_systemd(&[NotifyState::Ready]);
     }
 
-    fn put_in_force(&mut self, config: Config) {
+    fn put_in_force(&mut self, mut config: Config) {
         self.log.set_level(log::level(&config.log.level));
         let mut settings = vault::Settings::from(&config);
         // As long as the prompts themselves keep their old settings, so does what waits for them.
@@ -254,18 +335,46 @@ impl Agent {
         if config.prompt != self.config.prompt {
             warn!("the settings of [prompt] changed; they take effect when the agent is started again");
         }
-        if config.devices != self.config.devices {
-            warn!("the devices changed; they take effect when the agent is started again");
-        }
         if config.state != self.config.state {
             warn!("the directory of the state changed; it takes effect when the agent is started again");
+        }
+        if let Some(settings) = audit_settings(&config) {
+            self.server.vault().audit().configure(&settings);
+        }
+        let place = |config: &Config| audit_settings(config).map(|settings| settings.directory);
+        if place(&config) != place(&self.config) {
+            warn!(
+                "whether there is an audit log, or its directory, changed; it takes effect when the agent is started again"
+            );
         }
         let opened = |door: &OpenDoor| matches!(door.source, Source::Opened(_));
         if self.doors.iter().any(opened) && paths(&config) != paths(&self.config) {
             warn!("the paths of [[listen]] changed; start the agent again to open and close sockets");
         }
+        if lock_on(&config) != lock_on(&self.config) {
+            if let Some(before) = self.logind.take() {
+                before.abort();
+            }
+            self.logind = follow_logind(&self.server, &config);
+        }
+        self.change_devices(&mut config);
         self.config = config;
         info!("the configuration was reloaded");
+    }
+}
+
+impl Agent {
+    /// Starts the devices that are new, and ends those that are there no more.
+    fn change_devices(&mut self, config: &mut Config) {
+        let before = &self.config.devices;
+        if before.is_empty() && !config.devices.is_empty() && !self.server.vault().keeps_state() {
+            error!("the new devices need a place for their state; start the agent again to have them");
+            config.devices.clear();
+        }
+        let change = devices::change(self.server.vault(), &self.cards, before, &config.devices);
+        self.server.runtime().block_on(change);
+        let _runtime = self.server.runtime().enter();
+        self.cards.find(config, &[]);
     }
 }
 
@@ -288,6 +397,17 @@ impl OpenDoor {
     }
 }
 
+fn lock_on(config: &Config) -> LockOn {
+    LockOn { sleep: config.store.lock_on_sleep, session: config.store.lock_on_session_lock }
+}
+
+/// Has the store locked when logind says so, where that is wanted.
+fn follow_logind(server: &Server, config: &Config) -> Option<AbortHandle> {
+    let on = lock_on(config);
+    let lock = logind::lock(Arc::clone(server.vault()), on);
+    on.anything().then(|| server.runtime().spawn(lock).abort_handle())
+}
+
 fn paths(config: &Config) -> BTreeSet<&Path> {
     config.listen.iter().map(|listen| listen.path.as_path()).collect()
 }
@@ -298,6 +418,7 @@ enum Told {
     HangUp,
     Interrupt,
     Wipe,
+    LockStore,
 }
 
 /// The signals that an agent handles, from the making of this value on.
@@ -306,6 +427,9 @@ struct Signals {
     hang_up: Signal,
     interrupt: Signal,
     wipe: Signal,
+    lock_store: Signal,
+    /// A file beyond the limit on its size is an error for whoever writes it, and not the end of the process.
+    _too_large: Signal,
 }
 
 impl Signals {
@@ -316,6 +440,8 @@ impl Signals {
             hang_up: signal(SignalKind::hangup())?,
             interrupt: signal(SignalKind::interrupt())?,
             wipe: signal(SignalKind::user_defined1())?,
+            lock_store: signal(SignalKind::user_defined2())?,
+            _too_large: signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?,
         })
     }
 
@@ -326,6 +452,7 @@ impl Signals {
             _ = self.hang_up.recv() => Told::HangUp,
             _ = self.interrupt.recv() => Told::Interrupt,
             _ = self.wipe.recv() => Told::Wipe,
+            _ = self.lock_store.recv() => Told::LockStore,
         }
     }
 }
@@ -358,13 +485,15 @@ impl From<AgentOptions> for vault::Settings {
             default_lifetime: options.default_lifetime,
             allowed_providers: options.allowed_providers,
             allow_remote_providers: options.allow_remote_pkcs11,
+            provider_patience: vault::Settings::default().provider_patience,
             person_deadline: prompt::Settings::default().timeout,
+            auto_lock: AutoLock::default(),
         }
     }
 }
 
 impl From<&Config> for vault::Settings {
-    fn from(Config { agent: config, prompt, .. }: &Config) -> Self {
+    fn from(Config { agent: config, prompt, store, .. }: &Config) -> Self {
         Self {
             rules: Rules {
                 restrict_websafe: config.restrict_websafe,
@@ -374,7 +503,9 @@ impl From<&Config> for vault::Settings {
             default_lifetime: config.default_lifetime,
             allowed_providers: config.allowed_providers.clone(),
             allow_remote_providers: config.allow_remote_pkcs11,
+            provider_patience: config.provider_timeout,
             person_deadline: prompt.timeout,
+            auto_lock: AutoLock { after_idle: store.lock_after_idle, after: store.lock_after },
         }
     }
 }
@@ -383,9 +514,11 @@ impl From<&PromptConfig> for prompt::Settings {
     fn from(config: &PromptConfig) -> Self {
         Self {
             askpass: config.askpass.clone().map(Into::into),
+            pinentry: config.pinentry.clone().map(Into::into),
             timeout: config.timeout,
             max_per_uid: config.max_per_uid,
             environment: prompt::Environment::Process,
+            notifications: config.notifications,
         }
     }
 }

@@ -338,8 +338,8 @@ fn sk_signed(application: &[u8], flags: u8, counter: u32, data: &[u8]) -> Vec<u8
     [hash(application).as_ref(), &[flags], &counter.to_be_bytes(), hash(data).as_ref()].concat()
 }
 
-/// `mpint r, mpint s` as two scalars of the curve's length.
-fn ecdsa_fixed(curve: Curve, body: &[u8]) -> Result<Vec<u8>, KeyError> {
+/// `mpint r, mpint s` (RFC 5656, 3.1.2) as two scalars of the curve's length.
+pub fn ecdsa_fixed(curve: Curve, body: &[u8]) -> Result<Vec<u8>, KeyError> {
     let mut r = Reader::new(body);
     let halves = [r.mpint()?, r.mpint()?];
     r.finish()?;
@@ -421,8 +421,25 @@ const MAX_PRINCIPALS: usize = 256;
 
 impl<'a> Certificate<'a> {
     fn read(key_type: KeyType, blob: &'a [u8], mut r: Reader<'a>) -> Result<Self, KeyError> {
+        let unsigned = Self::read_fields(key_type, blob, &mut r)?;
+        let signature = r.string()?;
+        r.finish()?;
+        Ok(Self { signature, ..unsigned })
+    }
+
+    /// Reads what an authority signs: a certificate that ends before its signature.
+    pub fn read_unsigned(data: &'a [u8]) -> Result<Self, KeyError> {
+        let mut r = Reader::new(data);
+        let Some((key_type, true)) = KeyType::from_name(r.string()?) else { return Err(KeyError::UnknownType) };
+        let unsigned = Self::read_fields(key_type, data, &mut r)?;
+        r.finish()?;
+        Ok(unsigned)
+    }
+
+    /// Reads everything up to the signature.
+    fn read_fields(key_type: KeyType, blob: &'a [u8], r: &mut Reader<'a>) -> Result<Self, KeyError> {
         let _nonce = r.string()?;
-        let key = PublicKey::read(key_type, &mut r)?;
+        let key = PublicKey::read(key_type, r)?;
         let serial = r.u64()?;
         let kind = match r.u32()? {
             1 => CertificateKind::User,
@@ -447,8 +464,6 @@ impl<'a> Certificate<'a> {
         let signature_key = r.string()?;
         PublicKey::parse(signature_key)?;
         let signed = &blob[..blob.len() - r.rest().len()];
-        let signature = r.string()?;
-        r.finish()?;
         Ok(Self {
             key,
             serial,
@@ -459,7 +474,7 @@ impl<'a> Certificate<'a> {
             valid_before,
             critical_options,
             signature_key,
-            signature,
+            signature: &[],
             signed,
         })
     }

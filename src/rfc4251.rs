@@ -19,6 +19,9 @@ pub enum WireError {
     /// A text is not UTF-8.
     #[error("a text is not UTF-8")]
     NotText,
+    /// A value is none that its place allows.
+    #[error("a value is out of bounds")]
+    OutOfBounds,
 }
 
 /// A cursor over borrowed bytes.

@@ -156,6 +156,24 @@ fn a_socket_left_over_by_a_dead_agent_is_replaced() {
     place.serves(&socket);
 }
 
+/// Listens on the socket in its argument and dies; a process that it started has the socket for another moment.
+const DIES: &str = r#"
+    use IO::Socket::UNIX;
+    my $listener = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 5) or die "$!";
+    exit if fork;
+    select undef, undef, undef, 0.3;
+"#;
+
+#[test]
+fn a_socket_whose_agent_died_is_replaced_although_a_child_of_it_has_it_still() {
+    let place = Place::new();
+    let socket = place.path("agent");
+    assert!(Command::new("perl").args(["-e", DIES]).arg(&socket).status().unwrap().success());
+    UnixStream::connect(&socket).expect("the child listens still");
+    let _agent = place.start(place.agent().arg("--socket").arg(&socket));
+    place.serves(&socket);
+}
+
 #[test]
 fn a_live_socket_is_refused() {
     let place = Place::new();

@@ -2,6 +2,8 @@
 //! one that keeps the rules of docs/protocol.md, and many that break them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may stop here")]
 
+mod support;
+
 use std::{
     collections::VecDeque,
     fs,
@@ -20,33 +22,17 @@ use strongroom::{
     devices::{Operation, Scheme},
     rfc4251::Reader,
 };
+use support::c::Program;
 use tempfile::TempDir;
 use zeroize::Zeroizing;
-
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// The programs, built once for all tests.
 fn built() -> &'static Path {
     static BUILT: OnceLock<TempDir> = OnceLock::new();
     let dir = BUILT.get_or_init(|| {
         let dir = TempDir::with_prefix("strongroom-c-").unwrap();
-        let strict = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"];
-        let sanitized = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
-        let client = format!("{ROOT}/contrib/c");
-        for (program, source, libraries) in [
-            ("driver", format!("{ROOT}/tests/c/driver.c"), &[][..]),
-            ("authority", format!("{client}/authority.c"), &["-levent_core", "-lcrypto"]),
-        ] {
-            let output = Command::new("cc")
-                .args(strict)
-                .args(sanitized)
-                .args(["-I", &client, "-o"])
-                .args([dir.path().join(program), source.into(), format!("{client}/strongroom.c").into()])
-                .args(libraries)
-                .output()
-                .expect("a C compiler: install gcc, libc6-dev, libevent-dev and libssl-dev");
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        }
+        Program::Driver.sanitized(dir.path());
+        Program::Authority.sanitized(dir.path());
         dir
     });
     dir.path()

@@ -8,12 +8,14 @@ mod support;
 use std::{fs, thread, time::Instant};
 
 use rustix::process::{Signal, kill_process, test_kill_process};
+use strongroom::agent::message::{DeviceEntry, Page, Request};
 use support::{
     PATIENCE,
     askpass::Askpass,
     client::{FAILURE, Key, SIGN_REQUEST, SIGN_RESPONSE, message},
     daemon::{Daemon, Home},
     eventually,
+    service::first_page,
 };
 
 /// Two keys: one that is also on token B, one of its own.
@@ -91,7 +93,7 @@ fn keys_stay_listed_while_their_device_is_away() {
     daemon.logs("absent device=\"a\"");
     assert_eq!(daemon.connect().list().len(), 2, "from the state file alone");
     assert!(!signs(&daemon, &own));
-    daemon.logs("the device that holds the key is not connected");
+    daemon.logs("the device is not connected");
 
     fs::remove_file(home.control("a").join("absent")).unwrap();
     eventually("the key signs again when the device is back", || signs(&daemon, &own));
@@ -178,6 +180,11 @@ fn the_end_answers_what_is_in_flight_and_leaves_nothing() {
     for client in &mut clients {
         client.send(&sign(&own, b"data"));
     }
+    eventually("all are under way", || {
+        let reply = daemon.connect_service().ask(&Request::Devices(first_page(0)));
+        let page: Page<DeviceEntry<'_>> = reply.ok();
+        page.entries.iter().any(|device| device.running + device.waiting == 8)
+    });
     let hosts = daemon.hosts();
     assert_eq!(hosts.len(), 1);
     let began = Instant::now();
@@ -194,4 +201,74 @@ fn the_end_answers_what_is_in_flight_and_leaves_nothing() {
     assert!(!home.path("agent").exists() && !home.path("service").exists());
     // The state file is free again at once.
     drop(home.start());
+}
+
+/// Has the daemon read this configuration.
+fn reload(home: &Home, daemon: &Daemon<'_>, config: &str) {
+    let reloads = || home.log().matches("the configuration was reloaded").count();
+    let before = reloads();
+    fs::write(home.path("config.toml"), config).unwrap();
+    daemon.signal(Signal::HUP);
+    eventually("the configuration is reloaded", || reloads() > before);
+}
+
+#[test]
+fn devices_come_and_go_with_the_configuration() {
+    let mut home = Home::new();
+    home.device("a", TOKEN_A, "");
+    home.device("b", TOKEN_B, "");
+    let daemon = home.start();
+    let config = fs::read_to_string(home.path("config.toml")).unwrap();
+    let at = |name: &str| config.find(&format!("[[device]]\nname = \"{name}\"")).unwrap();
+    let (head, a, b) = (&config[..at("a")], &config[at("a")..at("b")], &config[at("b")..]);
+    let (own, shared) = (blob(&daemon, "only on A"), blob(&daemon, "shared"));
+    let process = |name: &str| daemon.hosts().into_iter().find(|(_, n)| n == name).map(|(pid, _)| pid);
+    let (process_a, process_b) = (process("a").unwrap(), process("b").unwrap());
+    eventually("both devices are ready", || home.log().matches(" ready device=").count() == 2);
+
+    reload(&home, &daemon, &format!("{head}{b}"));
+    assert_eq!(process("a"), None, "its process has ended before the reload is over");
+    assert_eq!(daemon.connect().list(), [(shared.clone(), b"shared too".to_vec())]);
+    assert!(signs(&daemon, &shared) && !signs(&daemon, &own));
+
+    reload(&home, &daemon, &format!("{head}{b}{a}"));
+    eventually("the device is back with its keys", || signs(&daemon, &own));
+    assert_ne!(process("a").unwrap(), process_a);
+    assert_eq!(daemon.connect().list()[0], (shared.clone(), b"shared too".to_vec()), "what came first is asked first");
+
+    reload(&home, &daemon, &config);
+    assert_eq!(daemon.connect().list()[0], (shared, b"shared".to_vec()), "the order is that of the configuration");
+    assert_eq!(process("b").unwrap(), process_b, "a device that stays is not touched");
+
+    let before = process("a").unwrap();
+    reload(&home, &daemon, &format!("{head}{a}probe = \"1s\"\n{b}"));
+    assert_eq!(daemon.connect().list().len(), 2, "under other terms its keys stay listed");
+    assert!(signs(&daemon, &own));
+    assert_ne!(process("a").unwrap(), before);
+    assert_eq!(process("b").unwrap(), process_b);
+}
+
+#[test]
+fn what_waits_for_a_device_that_is_taken_out_is_refused_at_once() {
+    let mut home = Home::new();
+    let hang = "[[rule]]\non = \"sign\"\ndo = \"hang\"\n";
+    home.device("a", &format!("{TOKEN_A}{hang}"), "timeout = \"1h\"");
+    let daemon = home.start();
+    let config = fs::read_to_string(home.path("config.toml")).unwrap();
+    let own = blob(&daemon, "only on A");
+    let mut clients: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
+    for client in &mut clients {
+        client.send(&sign(&own, b"data"));
+    }
+    reload(&home, &daemon, &config[..config.find("[[device]]").unwrap()]);
+    for client in &mut clients {
+        assert_eq!(client.receive().unwrap(), [FAILURE]);
+    }
+    assert!(daemon.hosts().is_empty());
+    // What is not remembered any more is not listed by the next one either.
+    drop(daemon);
+    fs::write(home.control("a").join("absent"), "").unwrap();
+    let daemon = home.start();
+    daemon.logs("absent device=\"a\"");
+    assert!(daemon.connect().list().is_empty());
 }

@@ -149,7 +149,7 @@ async fn a_key_in_another_process_signs() {
     public.verify(b"a message", &signature).expect("a signature of the key");
     assert!(matches!(answer(sign(&session, "z")).await, Err(DeviceError::NoSuchKey)));
     let pid = device.process();
-    timeout(PATIENCE, session.end()).await.unwrap();
+    timeout(PATIENCE, session.end(Duration::ZERO)).await.unwrap();
     assert!(is_gone(pid));
 }
 

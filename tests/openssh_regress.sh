@@ -15,7 +15,7 @@
 #   SSH_SK_HELPER, SSH_PKCS11_HELPER  are handed to the agent
 #
 # Prints `ok TEST` or `FAILED TEST` for each, then `N passed, N failed`. Exits 0 when all passed, 1 when one did not,
-# 2 when it cannot run. agent-pkcs11 runs when it is named; it needs softhsm2 too.
+# 2 when it cannot run.
 set -u
 
 SUITE=/usr/lib/openssh/regress
@@ -33,10 +33,10 @@ AGENT=$(readlink -f -- "$1")
 if [ ! -f "$AGENT" ] || [ ! -x "$AGENT" ]; then stop "not a program: $1"; fi
 shift
 [ $# -gt 0 ] || set -- agent agent-timeout agent-subprocess agent-getpeereid agent-ptrace agent-restrict \
-	hostkey-agent cert-file sshsig
+	agent-pkcs11 hostkey-agent cert-file sshsig
 [ "$(id -u)" = 0 ] || stop "run this as root"
-for file in $SUITE/test-exec.sh /usr/sbin/sshd /usr/bin/{ssh-add,sudo,gdb,perl,openssl}; do
-	[ -e "$file" ] || stop "$file is missing: apt-get install openssh-tests openssh-server openssh-client sudo gdb perl openssl"
+for file in $SUITE/test-exec.sh /usr/sbin/sshd /usr/bin/{ssh-add,sudo,gdb,perl,openssl,softhsm2-util}; do
+	[ -e "$file" ] || stop "$file is missing: apt-get install openssh-tests openssh-server openssh-client sudo gdb perl openssl softhsm2"
 done
 
 id "$USER_NAME" >/dev/null 2>&1 || useradd --system --create-home --shell /bin/sh "$USER_NAME" ||

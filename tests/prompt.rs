@@ -30,18 +30,23 @@ impl Desk {
     /// An askpass with this body; `$here` is the directory.
     fn with_askpass(body: &str) -> Self {
         let desk = Self(TempDir::new().unwrap());
+        desk.script("askpass", body);
+        desk
+    }
+
+    /// A program in the directory.
+    fn script(&self, name: &str, body: &str) {
         // A shell writes the file: were it open for writing here, a child that another test starts at this moment
         // would inherit it, and running it would fail with ETXTBSY.
         let mut shell = Command::new("sh")
             .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
-            .arg(desk.path("askpass"))
+            .arg(self.path(name))
             .stdin(Stdio::piped())
             .spawn()
             .unwrap();
-        let script = format!("#!/bin/sh\nhere={}\n{body}\n", desk.0.path().display());
+        let script = format!("#!/bin/sh\nhere={}\n{body}\n", self.0.path().display());
         shell.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
         assert!(shell.wait().unwrap().success());
-        desk
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -203,12 +208,23 @@ async fn an_askpass_that_does_not_start_is_named_with_the_remedy() {
     let error = prompter.confirm(UID, "Allow?").await.unwrap_err();
     assert!(matches!(error, PromptError::Unavailable(Unavailable::CannotStart { .. })), "{error}");
     assert!(error.to_string().contains("nothing here") && error.to_string().contains("SSH_ASKPASS"), "{error}");
-    // The system's default is used only where it exists.
+}
+
+#[tokio::test]
+async fn the_systems_programs_ask_only_where_they_are() {
     let environment = Environment::Only([("DISPLAY".into(), ":0".into())].into());
     let prompter = Prompter::new(Settings { environment, timeout: Duration::from_millis(1), ..Settings::default() });
-    if !Path::new("/usr/bin/ssh-askpass").exists() {
-        let error = prompter.confirm(UID, "Allow?").await.unwrap_err();
-        assert!(matches!(error, PromptError::Unavailable(Unavailable::NoProgram) | PromptError::TimedOut), "{error}");
+    let error = prompter.confirm(UID, "Allow?").await.unwrap_err();
+    match ["/usr/bin/ssh-askpass", "/usr/bin/pinentry"].into_iter().find(|program| Path::new(program).exists()) {
+        None => assert_eq!(error, PromptError::Unavailable(Unavailable::NoProgram)),
+        // Which of the two it is, is the time's to say: a pinentry without a terminal gives up at once.
+        Some(program) => match &error {
+            PromptError::TimedOut => {}
+            PromptError::Unavailable(Unavailable::CannotStart { .. }) => {
+                assert!(error.to_string().contains(program), "{error}");
+            }
+            _ => panic!("{error}"),
+        },
     }
 }
 
@@ -258,6 +274,49 @@ async fn a_notice_stays_until_it_is_dropped() {
     drop(notice);
     all_gone(life).await;
     assert_eq!(desk.read("signal"), "done\n");
+}
+
+#[tokio::test]
+async fn a_notice_goes_to_the_desktop_and_where_that_fails_to_askpass() {
+    for (code, expected) in [(0, "desktop Touch &lt;it&gt;\n"), (1, "askpass Touch <it>\n")] {
+        let desk = Desk::with_askpass(&format!("echo \"askpass $1\" >\"$here/shown\"\n{LIVE}"));
+        desk.script(
+            "notify-send",
+            &format!("[ {code} = 0 ] || exit 1; for last; do :; done; echo \"desktop $last\" >\"$here/shown\"\n{LIVE}"),
+        );
+        let mut life = desk.life();
+        let path = desk.0.path().display().to_string();
+        let variables = [("DISPLAY", ":0"), ("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nowhere"), ("PATH", &*path)];
+        let prompter = Prompter::new(Settings { notifications: true, ..desk.settings(&variables) });
+        let notice = prompter.notice(UID, "Touch <it>").unwrap();
+        started(&mut life).await;
+        assert_eq!(desk.read("shown"), expected);
+        drop(notice);
+    }
+}
+
+#[tokio::test]
+async fn a_notice_on_the_desktop_is_withdrawn_when_it_is_dropped() {
+    let desk = Desk::with_askpass("exit 1");
+    let calls = desk.path("calls");
+    assert!(Command::new("mkfifo").arg(&calls).status().unwrap().success());
+    let mut calls = BufReader::new(pipe::OpenOptions::new().open_receiver(calls).unwrap());
+    desk.script("dbus-send", "echo \"$*\" >\"$here/calls\"");
+    // An old one, which tells no number.
+    let refuses = "for word; do [ \"$word\" != --print-id ] || exit 1; done";
+    for (refuses, number) in [(refuses, ""), ("", "7")] {
+        desk.script("notify-send", &format!("{refuses}\necho {number}\n{LIVE}"));
+        let mut life = desk.life();
+        let path = desk.0.path().display().to_string();
+        let variables = [("DISPLAY", ":0"), ("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nowhere"), ("PATH", &*path)];
+        let prompter = Prompter::new(Settings { notifications: true, ..desk.settings(&variables) });
+        let notice = prompter.notice(UID, "Touch it").unwrap();
+        started(&mut life).await;
+        drop(notice);
+    }
+    let mut call = String::new();
+    soon(calls.read_line(&mut call)).await.unwrap();
+    assert!(call.ends_with("Notifications.CloseNotification uint32:7\n"), "{call}");
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::{fs, path::Path};
+use std::{fs, io::Write, path::Path};
 
 use aws_lc_rs::{
     digest::{SHA256, digest},
@@ -138,7 +138,9 @@ fn a_malformed_body_is_a_28() {
     let mut client = daemon.connect_service();
     for request in one_of_each(&key) {
         let body = frame_of(&request)[4..].to_vec();
-        for broken in [&body[..body.len() - 1], &[&body[..], &[0]].concat()] {
+        // One without fields would be cut in its name.
+        let shorter = (request.name() != Name::Store).then(|| body[..body.len() - 1].to_vec());
+        for broken in shorter.iter().chain([&[&body[..], &[0]].concat()]) {
             assert_eq!(client.request(broken), [EXTENSION_FAILURE], "{:?}", request.name());
         }
     }
@@ -172,14 +174,16 @@ fn a_sealed_vault_says_locked() {
     let mut client = daemon.connect_service();
     client.submit(1, sign_digest(&key, &[1; 32]), 0);
     assert_eq!(daemon.connect().request(&message(LOCK, &[b"password"])), [SUCCESS]);
+    assert!(query(&mut client).contains(&"sign@strongroom.alt".to_owned()));
+    assert_eq!(daemon.connect().request(&message(EXTENSION, &[b"query"])), [FAILURE]);
     for request in one_of_each(&key) {
         match request.name() {
-            Name::Collect | Name::Cancel => {}
+            Name::Collect | Name::Cancel | Name::Audit => {}
             name => assert_eq!(client.ask(&request).code(), Code::Locked, "{name:?}"),
         }
     }
     for request in compatible_requests(&key) {
-        assert!(matches!(compatible(&mut client, &request)[..], [FAILURE | EXTENSION_FAILURE]), "{:?}", request.name());
+        assert_eq!(compatible(&mut client, &request), [EXTENSION_FAILURE], "{:?}", request.name());
     }
     // What was finished before may be fetched, or was given up.
     let finished = client.collect_all(1);
@@ -292,6 +296,24 @@ fn a_long_comment_hides_no_key() {
     }
     assert_eq!(seen, [first.blob(), second.blob()]);
     assert!(cursor.is_empty());
+}
+
+#[test]
+fn a_key_that_no_message_of_ours_can_name_hides_no_other() {
+    let home = Home::new();
+    let daemon = home.start();
+    let (mut client, key) = (daemon.connect_service(), Key::random());
+    let mut body = message(17, &[b"sk-ssh-ed25519@openssh.com", &[1; 32], &[b'a'; 261_900]]);
+    body.push(1);
+    for part in [&b"handle"[..], b"", b"long"] {
+        put(&mut body, part);
+    }
+    assert_eq!(client.request(&body), [SUCCESS]);
+    client.add(&key, "second", &[]);
+    let reply = client.ask(&Request::Keys(first_page(0)));
+    let page: Page<KeyEntry<'_>> = reply.ok();
+    assert_eq!(page.entries.iter().map(|entry| entry.blob).collect::<Vec<_>>(), [&key.blob()[..]]);
+    assert!(page.next.is_empty());
 }
 
 #[test]
@@ -427,6 +449,29 @@ fn a_device_that_fails_is_told_by_its_reason() {
 }
 
 #[test]
+fn a_deadline_counts_from_the_arrival_of_its_frame() {
+    const IN_FLIGHT: usize = 64;
+    let mut home = home();
+    let hang =
+        "[[key]]\nslot = \"k\"\ntype = \"p256\"\nseed = 99\nlabel = \"hang\"\n[[rule]]\non = \"sign\"\ndo = \"hang\"\n";
+    home.device("hang", hang, "timeout = \"2s\"");
+    let daemon = home.start();
+    let (good, hung) = (blob(&daemon, "p256"), blob(&daemon, "hang"));
+    let mut client = daemon.connect_service();
+    let mut frames = Vec::new();
+    for _ in 0..IN_FLIGHT {
+        frames.extend(frame_of(&use_key(sign_digest(&hung, &[1; 32]), 0)));
+    }
+    frames.extend(frame_of(&use_key(sign_digest(&good, &[1; 32]), 300)));
+    frames.extend(frame_of(&use_key(sign_digest(&good, &[1; 32]), 60_000)));
+    client.stream.write_all(&frames).unwrap();
+    for _ in 0..=IN_FLIGHT {
+        assert_eq!(client.hear(Name::Sign).code(), Code::Timeout);
+    }
+    client.hear(Name::Sign).ok::<Bytes>();
+}
+
+#[test]
 fn a_full_queue_is_busy_for_us_and_a_wait_for_ssh() {
     let mut home = Home::new();
     let script = "control = CONTROL\n[[key]]\nslot = \"k\"\ntype = \"p256\"\nlabel = \"k\"\n[[rule]]\non = \"sign\"\ncount = 1\ndo = \"hang\"\n";
@@ -446,6 +491,36 @@ fn a_full_queue_is_busy_for_us_and_a_wait_for_ssh() {
     plain.send(&body);
     // It ends: with a signature when the hanging process was replaced in time, without one at its deadline.
     assert!(matches!(plain.receive().unwrap()[0], SIGN_RESPONSE | FAILURE));
+}
+
+#[test]
+fn who_fills_a_queue_keeps_nobody_else_out() {
+    const QUEUE: u64 = 8;
+    let mut home = Home::new();
+    let script = "[[key]]\nslot = \"k\"\ntype = \"p256\"\nlabel = \"k\"\n[[rule]]\non = \"sign\"\ndo = \"hang\"\n";
+    home.device("token", script, &format!("queue = {QUEUE}\ntimeout = \"1h\""));
+    let daemon = home.start();
+    let key = blob(&daemon, "k");
+    let (mut greedy, mut other) = (daemon.connect_service(), daemon.connect_service());
+    greedy.submit(0, sign_digest(&key, &[1; 32]), 0);
+    eventually("the lane is taken", || device(&mut other, "token", |device| device.running) == 1);
+    for n in 1..=QUEUE {
+        greedy.submit(n, sign_digest(&key, &[1; 32]), 0);
+    }
+    eventually("the queue is full", || device(&mut other, "token", |device| device.waiting) == 8);
+    assert_eq!(greedy.ask(&use_key(sign_digest(&key, &[1; 32]), 0)).code(), Code::Busy);
+    assert_eq!(other.ask(&use_key(sign_digest(&key, &[1; 32]), 100)).code(), Code::Timeout, "it had its place");
+    let finished = greedy.collect_all(1);
+    assert_eq!((finished[0].id, finished[0].reply.as_ref().unwrap_err().code), (QUEUE, Code::Busy));
+    // Plain requests wait beside the others, and take no place from them.
+    (0..QUEUE).for_each(|n| drop(greedy.ask(&Request::Cancel(n))));
+    eventually("nothing waits", || device(&mut other, "token", |device| device.waiting) == 0);
+    let mut plain = daemon.connect();
+    let mut body = message(13, &[&key, DATA]);
+    body.extend([0; 4]);
+    (0..2 * QUEUE).for_each(|_| plain.send(&body));
+    eventually("they wait", || u64::from(device(&mut other, "token", |device| device.waiting)) == 2 * QUEUE);
+    assert_eq!(greedy.ask(&use_key(sign_digest(&key, &[1; 32]), 100)).code(), Code::Timeout);
 }
 
 #[test]
@@ -737,6 +812,16 @@ fn a_door_with_some_keys_shows_no_others() {
         assert_eq!(client.ask(&request).code(), Code::NotPermitted, "{:?}", request.name());
     }
     assert_eq!(client.ask(&Request::Random { len: 1, device: "other" }).code(), Code::NoSuchKey);
+    // Nor does it tell of keys that others asked for.
+    let mut elsewhere = daemon.connect_service();
+    assert_eq!(
+        elsewhere.ask(&use_key(decrypt(&ed25519, DecryptScheme::RsaPkcs1v15, DATA), 0)).code(),
+        Code::Unsupported
+    );
+    let refusals =
+        |client: &mut Client, all| client.ask(&Request::Why { all, max: 0 }).ok::<Vec<RefusalEntry<'_>>>().len();
+    assert_eq!(refusals(&mut client, true), refusals(&mut client, false));
+    assert_eq!(refusals(&mut elsewhere, false), 1);
 }
 
 #[test]

@@ -8,12 +8,14 @@ use libfuzzer_sys::fuzz_target;
 use strongroom::{
     agent::{
         message::{
-            Answer, Cancelled, Collected, DeviceEntry, KeyEntry, Name, Page, RefusalEntry, Request, compatible,
-            read_reply,
+            Answer, Cancelled, Checked, Collected, DeviceEntry, KeyEntry, Made, Name, Page, RefusalEntry, Request,
+            compatible, read_reply,
         },
         wire::number,
     },
+    devices::CardStatus,
     rfc4251::{Reader, WireError},
+    vault::audit::Head,
 };
 use zeroize::Zeroizing;
 
@@ -35,7 +37,11 @@ fuzz_target!(|body: &[u8]| {
     answer!(Vec<RefusalEntry<'_>>, Name::Why, body);
     answer!(Collected, Name::Collect, body);
     answer!(Cancelled, Name::Cancel, body);
+    answer!(Head, Name::Audit, body);
     answer!(Zeroizing<Vec<u8>>, Name::Sign, body);
+    answer!(Made<'_>, Name::Generate, body);
+    answer!(Checked<'_>, Name::Check, body);
+    answer!(CardStatus, Name::CardStatus, body);
     for name in compatible::Name::ALL {
         let _ = compatible::read_result(*name, body);
     }

@@ -4,12 +4,14 @@
 use thiserror::Error;
 
 use crate::{
-    rfc4251::{Reader, WireError},
+    rfc4251::{Put, Reader, WireError},
     vault::key::{Destination, Hop, HostKey},
 };
 
-const LIFETIME: u8 = 1;
-const CONFIRM: u8 = 2;
+/// SSH_AGENT_CONSTRAIN_LIFETIME
+pub const LIFETIME: u8 = 1;
+/// SSH_AGENT_CONSTRAIN_CONFIRM
+pub const CONFIRM: u8 = 2;
 const EXTENSION: u8 = 255;
 
 /// OpenSSH's bounds.
@@ -135,6 +137,24 @@ pub fn read_destinations(value: &[u8]) -> Result<Box<[Destination]>, ConstraintE
     Ok(destinations.into_boxed_slice())
 }
 
+/// Appends what [`read_destinations`] reads.
+pub fn put_destinations(out: &mut Vec<u8>, destinations: &[Destination]) {
+    for Destination { from, to } in destinations {
+        let mut step = Vec::new();
+        for hop in [from, to] {
+            let mut end = Vec::new();
+            [&hop.user[..], &hop.host, b""].into_iter().for_each(|field| end.put_string(field));
+            for key in &hop.keys {
+                end.put_string(&key.blob);
+                end.push(key.is_ca.into());
+            }
+            step.put_string(&end);
+        }
+        step.put_string(b"");
+        out.put_string(&step);
+    }
+}
+
 fn read_hop(bytes: &[u8]) -> Result<Hop, ConstraintError> {
     let mut r = Reader::new(bytes);
     let (user, host) = (r.string()?, r.string()?);
@@ -247,6 +267,9 @@ mod tests {
             let read = read_destinations(&bytes).unwrap();
             prop_assert_eq!(&*read[0].to.user, user.as_bytes());
             prop_assert_eq!(&*read[0].to.host, host.as_bytes());
+            let mut written = Vec::new();
+            put_destinations(&mut written, &read);
+            prop_assert_eq!(written, bytes);
             for (key, byte) in read[0].from.keys.iter().zip(&keys) {
                 prop_assert_eq!(&*key.blob, PublicKey::Ed25519(&[*byte; 32]).to_blob());
                 prop_assert_eq!(key.is_ca, byte % 2 == 0);

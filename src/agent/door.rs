@@ -1,4 +1,4 @@
-//! What a listening socket admits: uids, programs, keys, messages. Knows the peer's credentials and no request.
+//! What a listening socket admits: uids, programs, keys, operations, messages. Knows the peer's credentials and no request.
 
 use std::{
     path::Path,
@@ -17,9 +17,9 @@ use super::{
     message::{Name, compatible},
 };
 use crate::{
-    config::{DoorKind, Listen},
+    config::{DoorClient, DoorKind, Listen},
     sys::peer,
-    vault::key::Caller,
+    vault::key::{Caller, Grants},
 };
 
 /// Programs that carry an agent to other machines. They have no business at the service door.
@@ -32,6 +32,8 @@ pub struct Door {
     kind: DoorKind,
     uids: Vec<u32>,
     keys: Option<Arc<[String]>>,
+    /// The uids that get something else.
+    clients: Vec<DoorClient>,
     /// The extensions that are spoken here, beside session-bind.
     messages: Vec<&'static str>,
 }
@@ -39,7 +41,8 @@ pub struct Door {
 impl Door {
     /// The drop-in's only door: the standard messages for our own uid and root.
     pub fn ssh_agent() -> Self {
-        Self { kind: DoorKind::Ssh, uids: vec![geteuid().as_raw(), 0], keys: None, messages: vec![QUERY] }
+        let uids = vec![geteuid().as_raw(), 0];
+        Self { kind: DoorKind::Ssh, uids, keys: None, clients: Vec::new(), messages: vec![QUERY] }
     }
 
     /// The door that the configuration describes.
@@ -56,6 +59,7 @@ impl Door {
             kind: listen.door,
             uids: listen.uids.clone(),
             keys: listen.keys.as_ref().map(|keys| keys.as_slice().into()),
+            clients: listen.clients.clone(),
             messages: [QUERY].into_iter().chain(all.into_iter().filter(spoken)).collect(),
         }
     }
@@ -68,10 +72,13 @@ impl Door {
         }
         static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
         let connection = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
-        let (uid, pid, keys) = (cred.uid(), cred.pid(), self.keys.clone());
-        let mut caller = Caller { connection, uid, pid, keys, ..Caller::default() };
+        let (uid, pid, door) = (cred.uid(), cred.pid(), self.kind.name());
+        let client = self.clients.iter().find(|client| client.uid == uid);
+        let own = client.and_then(|client| client.keys.as_ref());
+        let keys = own.map(|keys| keys.as_slice().into()).or_else(|| self.keys.clone());
+        let forbidden = client.map_or(Grants::NONE, |client| Grants::ALL.without(client.operations));
+        let mut caller = Caller { connection, uid, pid, keys, forbidden, door, ..Caller::default() };
         if self.kind == DoorKind::Service {
-            caller.program = caller.pid.and_then(peer::program);
             caller.denied = self.is_fenced_off(&caller);
         }
         Some(caller)
@@ -80,7 +87,7 @@ impl Door {
     /// The service door's second fence: an agent socket that was forwarded by mistake is of no use to the far side.
     /// Another user's program is known by its short name only, which is enough against honest programs.
     fn is_fenced_off(&self, caller: &Caller) -> bool {
-        let exe = caller.program.as_deref().and_then(Path::file_name).map(|name| {
+        let exe = caller.program().and_then(Path::file_name).map(|name| {
             let name = name.to_string_lossy();
             // A program that was replaced by a newer one while it ran.
             name.strip_suffix(" (deleted)").unwrap_or(&name).to_owned()

@@ -1,6 +1,9 @@
-//! Length-bounded frames (RFC 9987, section 3). Knows bytes and nothing of what they mean.
+//! Length-bounded frames (RFC 9987, section 3). Knows bytes, when they came, and nothing of what they mean.
+
+use std::{collections::VecDeque, time::Duration};
 
 use thiserror::Error;
+use tokio::time::Instant;
 use zeroize::Zeroize;
 
 /// The longest message body, as in OpenSSH; a longer one costs its connection.
@@ -30,27 +33,56 @@ pub fn first(bytes: &[u8]) -> Result<Option<&[u8]>, FrameError> {
     }
 }
 
+/// Appends to a buffer that may hold secrets: what it grew out of is wiped.
+pub(super) fn append(buffer: &mut Vec<u8>, bytes: &[u8]) {
+    let needed = buffer.len() + bytes.len();
+    if needed > buffer.capacity() {
+        let mut larger = Vec::with_capacity(needed.max(2 * buffer.len()));
+        larger.extend_from_slice(buffer);
+        buffer.zeroize();
+        *buffer = larger;
+    }
+    buffer.extend_from_slice(bytes);
+}
+
+/// What arrives within this counts as having come at once: the memory for times is bounded by time.
+const MOMENT: Duration = Duration::from_millis(1);
+
 /// Bytes that wait for the rest of their frame. They may be private keys and PINs, so whatever leaves this buffer is
 /// wiped, the places it grew out of included. It grows by what has arrived, never by what was announced.
 #[derive(Default)]
-pub struct Backlog(Vec<u8>);
+pub struct Backlog {
+    bytes: Vec<u8>,
+    /// How many bytes have left it since it was made.
+    consumed: usize,
+    /// Which of all bytes had arrived when, by the number of the one behind the last.
+    arrivals: VecDeque<(usize, Instant)>,
+}
 
 impl Backlog {
     /// What is waiting.
     pub fn bytes(&self) -> &[u8] {
-        &self.0
+        &self.bytes
     }
 
-    /// Appends what has arrived.
+    /// Appends what arrives now.
     pub fn push(&mut self, bytes: &[u8]) {
-        let needed = self.0.len() + bytes.len();
-        if needed > self.0.capacity() {
-            let mut larger = Vec::with_capacity(needed.max(2 * self.0.len()));
-            larger.extend_from_slice(&self.0);
-            self.0.zeroize();
-            self.0 = larger;
+        self.push_at(bytes, Instant::now());
+    }
+
+    fn push_at(&mut self, bytes: &[u8], now: Instant) {
+        append(&mut self.bytes, bytes);
+        let end = self.consumed + self.bytes.len();
+        match self.arrivals.back_mut() {
+            Some((last, at)) if now.duration_since(*at) < MOMENT => *last = end,
+            _ => self.arrivals.push_back((end, now)),
         }
-        self.0.extend_from_slice(bytes);
+    }
+
+    /// When the first `n` bytes had arrived, to a millisecond; now for bytes that have not.
+    pub fn arrived(&self, n: usize) -> Instant {
+        let at = self.arrivals.partition_point(|(end, _)| *end < self.consumed + n);
+        self.arrivals.get(at).map_or_else(Instant::now, |(_, at)| *at)
     }
 
     /// Drops the first `n` bytes; an empty backlog holds no memory.
@@ -58,20 +90,24 @@ impl Backlog {
         if n == 0 {
             return;
         }
-        let n = n.min(self.0.len());
-        let left = self.0.len() - n;
-        self.0.copy_within(n.., 0);
-        self.0[left..].zeroize();
-        self.0.truncate(left);
+        let n = n.min(self.bytes.len());
+        let left = self.bytes.len() - n;
+        self.bytes.copy_within(n.., 0);
+        self.bytes[left..].zeroize();
+        self.bytes.truncate(left);
+        self.consumed += n;
+        while self.arrivals.front().is_some_and(|(end, _)| *end <= self.consumed) {
+            self.arrivals.pop_front();
+        }
         if left == 0 {
-            self.0 = Vec::new();
+            *self = Self::default();
         }
     }
 }
 
 impl Drop for Backlog {
     fn drop(&mut self) {
-        self.0.zeroize();
+        self.bytes.zeroize();
     }
 }
 
@@ -89,6 +125,27 @@ mod tests {
         assert_eq!(first(&[0, 4, 0, 1]), Err(FrameError::TooLong(262_145)));
         assert_eq!(first(&[255; 5]), Err(FrameError::TooLong(u32::MAX)));
         assert_eq!(first(&[0, 0, 0, 1, 11, 9]), Ok(Some(&[11][..])));
+    }
+
+    #[test]
+    fn bytes_have_the_time_of_their_arrival() {
+        let begun = Instant::now();
+        let at = |ms| begun + Duration::from_millis(ms);
+        let mut backlog = Backlog::default();
+        backlog.push_at(&[1; 10], at(0));
+        backlog.push_at(&[2; 10], at(5));
+        backlog.push_at(&[3; 10], at(9));
+        let times = |backlog: &Backlog, ends: &[usize]| ends.iter().map(|n| backlog.arrived(*n)).collect::<Vec<_>>();
+        assert_eq!(times(&backlog, &[1, 10, 11, 20, 30]), [at(0), at(0), at(5), at(5), at(9)]);
+        backlog.consume(15);
+        assert_eq!(times(&backlog, &[1, 5, 6, 15]), [at(5), at(5), at(9), at(9)]);
+        backlog.consume(15);
+        backlog.push_at(&[4], at(20));
+        assert_eq!(backlog.arrived(1), at(20));
+        for _ in 0..1000 {
+            backlog.push_at(&[5], at(20));
+        }
+        assert_eq!(backlog.arrivals.len(), 1);
     }
 
     proptest! {

@@ -5,6 +5,7 @@ pub mod door;
 pub mod extension;
 pub mod frame;
 pub mod message;
+mod parcel;
 mod service;
 pub mod session;
 pub mod ticket;

@@ -14,7 +14,7 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Sleep, sleep},
+    time::{Instant, Sleep, sleep},
 };
 use tracing::{debug, info, warn};
 use zeroize::{Zeroize, Zeroizing};
@@ -24,23 +24,28 @@ use super::{
     extension::{self, SESSION_BIND},
     frame::{self, Backlog, FrameError, MAX_FRAME},
     message::{self, Code, Collect, Failure, compatible},
+    parcel::Parcel,
     service::{self, Handled, Later, Service},
     ticket::Tickets,
-    wire::{self, AddRequest, PrivateParts, Request, SignRequest, number},
+    wire::{self, AddRequest, PrivateParts, Request, SignRequest, SmartcardRequest, number},
 };
 use crate::{
-    devices::{DeviceError, Outcome, sk::SkKey},
+    devices::{Outcome, sk::SkKey},
     public_key::{FingerprintHash, KeyType, fingerprint},
     vault::{
         Answer, Asked, Candidate, Use, Vault,
+        audit::Note,
         key::{Caller, PrivateKey},
         policy::Refusal,
+        provider::NewProvider,
         soft_key,
     },
 };
 
 /// Key operations in flight on one connection; then we stop reading frames.
 const MAX_IN_FLIGHT: usize = 64;
+/// The same in bytes of their requests, of each of which there are copies on its way.
+const MAX_IN_FLIGHT_BYTES: usize = 1 << 20;
 /// Replies that the peer has not taken, in bytes; then we stop reading.
 const MAX_UNSENT: usize = 1 << 20;
 /// What one read takes: enough for a burst of requests, little enough that no connection keeps its thread for long.
@@ -64,12 +69,21 @@ where
     E: Future<Output = ()>,
 {
     let tickets = Tickets::new(caller.uid, Arc::clone(vault.ticket_budget()));
-    let session = Session { vault, door, caller: Arc::new(caller), tickets, gives_secrets: false, secret_seen: false };
+    let session = Session {
+        vault,
+        door,
+        caller: Arc::new(caller),
+        tickets,
+        parcel: Arc::default(),
+        gives_secrets: false,
+        secret_seen: false,
+    };
     let mut connection = Connection {
         stream,
         session,
         backlog: Backlog::default(),
         replies: VecDeque::new(),
+        in_flight_bytes: 0,
         barrier: false,
         out: Vec::new(),
         sent: 0,
@@ -88,7 +102,8 @@ where
 /// A reply in its place among the others.
 enum Reply {
     Ready(Zeroizing<Vec<u8>>),
-    Waiting(Later),
+    /// Of a request of so many bytes.
+    Waiting(Later, usize),
     /// Of a `collect`, with its time: at once when there is something, or when the next frame is there.
     Collecting(Collect, Pin<Box<Sleep>>),
 }
@@ -100,6 +115,8 @@ struct Connection<S> {
     backlog: Backlog,
     /// Replies that wait, or stand behind one that waits; in the order of their requests.
     replies: VecDeque<Reply>,
+    /// Bytes of the requests whose replies wait.
+    in_flight_bytes: usize,
     /// Whether what waits is not a key operation, so that nothing may overtake or overlap it.
     barrier: bool,
     out: Vec<u8>,
@@ -137,7 +154,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.poll_replies(cx);
             if !self.backlog.bytes().is_empty() && !self.is_full() {
                 let backlog = std::mem::take(&mut self.backlog);
-                let Ok(taken) = self.handle(backlog.bytes()) else { return Poll::Ready(()) };
+                let Ok(taken) = self.handle(backlog.bytes(), |n| backlog.arrived(n)) else { return Poll::Ready(()) };
                 self.backlog = backlog;
                 self.backlog.consume(taken);
                 // A frame that has to wait may have ended a `collect`, whose reply is then due.
@@ -178,6 +195,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             || self.ending
             || self.budget == 0
             || self.replies.len() >= MAX_IN_FLIGHT
+            || self.in_flight_bytes >= MAX_IN_FLIGHT_BYTES
             || self.out.len() - self.sent >= MAX_UNSENT
     }
 
@@ -186,8 +204,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         for reply in &mut self.replies {
             match reply {
                 Reply::Ready(_) => {}
-                Reply::Waiting(future) => {
+                Reply::Waiting(future, request) => {
                     if let Poll::Ready(bytes) = future.as_mut().poll(cx) {
+                        self.in_flight_bytes -= *request;
                         *reply = Reply::Ready(bytes);
                     }
                 }
@@ -199,11 +218,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 }
             }
         }
-        while let Some(Reply::Ready(bytes)) = self.replies.front() {
-            self.out.extend_from_slice(bytes);
-            self.replies.pop_front();
+        while let Some(reply) = self.replies.pop_front_if(|reply| matches!(reply, Reply::Ready(_))) {
+            if let Reply::Ready(bytes) = reply {
+                self.append(&bytes);
+            }
         }
         self.barrier &= !self.replies.is_empty();
+    }
+
+    fn append(&mut self, reply: &[u8]) {
+        if self.wipes {
+            frame::append(&mut self.out, reply);
+        } else {
+            self.out.extend_from_slice(reply);
+        }
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
@@ -230,11 +258,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             if result.is_err() || n == 0 {
                 return Poll::Ready(Err(()));
             }
-            let bytes = &mut buffer[..n];
+            let (bytes, now) = (&mut buffer[..n], Instant::now());
             let mut taken = 0;
             let mut over = false;
             if self.backlog.bytes().is_empty() && !self.is_full() {
-                match self.handle(bytes) {
+                match self.handle(bytes, |_| now) {
                     Ok(n) => taken = n,
                     Err(_) => over = true,
                 }
@@ -250,8 +278,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         })
     }
 
-    /// Handles the complete frames in `bytes` as far as they may be, and returns how many bytes that were.
-    fn handle(&mut self, bytes: &[u8]) -> Result<usize, FrameError> {
+    /// Handles the complete frames in `bytes` as far as they may be, and returns how many bytes that were. `arrived` says
+    /// when so many of them had come.
+    fn handle(&mut self, bytes: &[u8], arrived: impl Fn(usize) -> Instant) -> Result<usize, FrameError> {
         let mut taken = 0;
         while !self.is_full() {
             let body = match frame::first(&bytes[taken..]) {
@@ -267,14 +296,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             if !key_operation && !self.replies.is_empty() {
                 break;
             }
-            // Behind a reply that waits, one that is ready has to queue.
+            taken += 4 + body.len();
+            // Behind a reply that waits, one that is ready has to queue. Nor may a buffer that has secrets grow elsewhere.
             let mut queued = Zeroizing::new(Vec::new());
-            let out = if self.replies.is_empty() { &mut self.out } else { &mut *queued };
-            match self.session.handle(body, out) {
-                Handled::Done if self.replies.is_empty() => {}
+            let out = if self.replies.is_empty() && !self.wipes { &mut self.out } else { &mut *queued };
+            match self.session.handle(body, arrived(taken), out) {
+                Handled::Done if self.replies.is_empty() => self.append(&queued),
                 Handled::Done => self.replies.push_back(Reply::Ready(queued)),
                 Handled::Later(waiting) => {
-                    self.replies.push_back(Reply::Waiting(waiting));
+                    self.replies.push_back(Reply::Waiting(waiting, body.len()));
+                    self.in_flight_bytes += body.len();
                     self.barrier = !key_operation;
                 }
                 Handled::Collect(collect) => {
@@ -283,8 +314,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 }
             }
             self.wipes |= self.session.gives_secrets;
-            taken += 4 + body.len();
-            self.budget -= 1;
+            // A list looks at all keys.
+            let is_list = !key_operation && body[0] == number::EXTENSION;
+            self.budget = if is_list { 0 } else { self.budget - 1 };
         }
         // A future begins when it is polled: whoever handled frames polls the replies before it sleeps.
         Ok(taken)
@@ -300,11 +332,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 }
 
+impl<S> Drop for Connection<S> {
+    fn drop(&mut self) {
+        if self.wipes {
+            self.out.zeroize();
+        }
+    }
+}
+
 struct Session {
     vault: Arc<Vault>,
     door: Arc<Door>,
     caller: Arc<Caller>,
     tickets: Tickets,
+    parcel: Arc<Parcel>,
     /// Whether a message was handled here whose reply may carry a secret.
     gives_secrets: bool,
     /// Whether a frame with a secret was handled since this was last asked.
@@ -316,8 +357,8 @@ impl Session {
         std::mem::take(&mut self.secret_seen)
     }
 
-    /// Appends the reply to `out`, or returns the future that makes it.
-    fn handle(&mut self, body: &[u8], out: &mut Vec<u8>) -> Handled {
+    /// Appends the reply to `out`, or returns the future that makes it. The frame was complete when it `arrived`.
+    fn handle(&mut self, body: &[u8], arrived: Instant, out: &mut Vec<u8>) -> Handled {
         self.secret_seen |= Request::is_secret(body);
         let request = match Request::read(body) {
             Ok(request) if !self.caller.denied => request,
@@ -336,18 +377,28 @@ impl Session {
             Request::List => self.list(out),
             Request::Add(request) if is_slow(&request) => return Handled::Later(self.add_later(body)),
             Request::Add(request) => {
-                let added = self.vault.check_open().and_then(|()| add(&self.vault, &self.caller, &request, None));
-                self.done("add", added, out);
+                let added = self.vault.audit().admit(&self.caller, "add").and_then(|note| {
+                    let added = self.vault.check_open().and_then(|()| add(&self.vault, &self.caller, &request, None));
+                    note.blob(&request.blob).end(added)
+                });
+                return self.done("add", added, out);
             }
-            Request::Remove(blob) => self.done("remove", self.vault.remove(&self.caller, blob), out),
-            Request::RemoveAll => self.done("remove-all", self.vault.remove_all(&self.caller), out),
-            Request::AddSmartcard(_) => {
-                let refused = self.vault.check_remote_provider(&self.caller).and(Err(NO_PKCS11()));
-                self.done("add-smartcard", refused, out);
+            Request::Remove(blob) => {
+                let removed = self.note("remove").blob(blob).end(self.vault.remove(&self.caller, blob));
+                return self.done("remove", removed, out);
             }
-            // No provider has been loaded, so whatever is named has no keys here, as ssh-agent says too.
-            Request::RemoveSmartcard(_) => {
-                self.done("remove-smartcard", self.vault.check_remote_provider(&self.caller), out);
+            Request::RemoveAll => {
+                let removed = self.note("remove-all").end(self.vault.remove_all(&self.caller));
+                return self.done("remove-all", removed, out);
+            }
+            Request::AddSmartcard(request) => return Handled::Later(self.add_provider(&request)),
+            Request::RemoveSmartcard(request) => {
+                let (vault, caller) = (Arc::clone(&self.vault), Arc::clone(&self.caller));
+                let provider = request.provider.to_owned();
+                return Handled::Later(self.done_later("remove-smartcard", async move {
+                    let note = vault.audit().note(&caller, "remove-smartcard");
+                    note.end(vault.remove_provider(&caller, &provider).await)
+                }));
             }
             Request::Lock(password) => {
                 let lock = Arc::clone(&self.vault).lock(Arc::clone(&self.caller), Zeroizing::new(password.to_vec()));
@@ -358,14 +409,14 @@ impl Session {
                     Arc::clone(&self.vault).unlock(Arc::clone(&self.caller), Zeroizing::new(password.to_vec()));
                 return Handled::Later(self.done_later("unlock", unlock));
             }
-            Request::Extension(name, body) => return self.extension(name, body, out),
+            Request::Extension(name, body) => return self.extension(name, body, arrived, out),
         }
         Handled::Done
     }
 
     fn sign(&self, request: &SignRequest<'_>, out: &mut Vec<u8>) -> Handled {
         let asked = Asked::Ssh { data: request.data, rsa_hash: wire::rsa_hash(request.flags) };
-        let wanted = Use { blob: request.blob, asked, deadline: None, waits_for_place: true };
+        let wanted = Use { blob: request.blob, asked, deadline: None, offered: true, waits_for_place: true };
         match self.vault.operate(&self.caller, wanted) {
             Answer::Now(result) => {
                 put_signed(out, result, request.blob, &self.vault, &self.caller);
@@ -396,24 +447,60 @@ impl Session {
         let (vault, caller) = (Arc::clone(&self.vault), Arc::clone(&self.caller));
         let body = Zeroizing::new(body.to_vec());
         self.done_later("add", async move {
-            vault.check_open()?;
-            let provider = match Request::read(&body) {
-                Ok(Request::Add(request)) => request.constraints.sk_provider.filter(|path| is_path(path)),
-                _ => None,
+            let note = vault.audit().admit(&caller, "add")?;
+            let (note, provider) = match Request::read(&body) {
+                Ok(Request::Add(request)) => {
+                    let provider = request.constraints.sk_provider.filter(|path| is_path(path));
+                    (note.blob(&request.blob), provider.map(str::to_owned))
+                }
+                _ => (note, None),
             };
-            let provider = match provider {
-                Some(path) => Some(vault.approve_provider(&caller, path).await?),
-                None => None,
+            let added = async {
+                vault.check_open()?;
+                let provider = match provider {
+                    Some(path) => Some(vault.approve_provider(&caller, &path).await?),
+                    None => None,
+                };
+                let (vault, caller) = (Arc::clone(&vault), Arc::clone(&caller));
+                let added = tokio::task::spawn_blocking(move || match Request::read(&body) {
+                    Ok(Request::Add(request)) => add(&vault, &caller, &request, provider),
+                    _ => Err(Refusal::NoSuchKey),
+                });
+                added.await.unwrap_or(Err(Refusal::Timeout))
             };
-            let added = tokio::task::spawn_blocking(move || match Request::read(&body) {
-                Ok(Request::Add(request)) => add(&vault, &caller, &request, provider),
-                _ => Err(Refusal::NoSuchKey),
-            });
-            added.await.unwrap_or(Err(Refusal::Timeout))
+            note.end(added.await)
         })
     }
 
-    fn extension(&mut self, name: &[u8], body: &[u8], out: &mut Vec<u8>) -> Handled {
+    fn add_provider(&self, request: &SmartcardRequest<'_>) -> Later {
+        let constraints = &request.constraints;
+        let certificates = constraints.associated_certs.as_ref();
+        let wanted = NewProvider {
+            path: request.provider.to_owned(),
+            pin: request.pin.into(),
+            lifetime: constraints.lifetime,
+            confirm: constraints.confirm,
+            destinations: constraints.destinations.clone().unwrap_or_default(),
+            certificates: certificates.iter().flat_map(|all| &all.blobs).map(|blob| Box::from(*blob)).collect(),
+            certificates_only: certificates.is_some_and(|all| all.cert_only),
+        };
+        let has_sk_provider = constraints.sk_provider.is_some();
+        let (vault, caller) = (Arc::clone(&self.vault), Arc::clone(&self.caller));
+        self.done_later("add-smartcard", async move {
+            let note = vault.audit().admit(&caller, "add-smartcard")?;
+            if has_sk_provider {
+                return note.end(Err(Refusal::Constraint("sk-provider")));
+            }
+            note.end(vault.add_provider(caller, wanted).await)
+        })
+    }
+
+    /// A line of the audit log about something that happens whether it can be written or not.
+    fn note(&self, operation: &'static str) -> Note {
+        self.vault.audit().note(&self.caller, operation)
+    }
+
+    fn extension(&mut self, name: &[u8], body: &[u8], arrived: Instant, out: &mut Vec<u8>) -> Handled {
         let is = |known: &str| name == known.as_bytes();
         if is(SESSION_BIND) && !self.door.binds_sessions() {
             warn!(pid = self.caller.pid, "an ssh tried to bind a session at the service door: it is denied everything");
@@ -432,25 +519,30 @@ impl Session {
             wire::put_bare(out, number::FAILURE);
         } else if let Some(name) = message::Name::from_bytes(name) {
             self.gives_secrets |= name.gives_secrets();
-            return self.service().handle(name, body, out);
-        } else if self.vault.check_open().is_err() {
-            wire::put_bare(out, number::FAILURE);
+            return self.service(arrived).handle(name, body, out);
         } else if let Some(name) = compatible::Name::from_bytes(name) {
             self.gives_secrets = true;
-            return self.service().handle_compatible(name, body, out);
+            return self.service(arrived).handle_compatible(name, body, out);
+        } else if self.door.binds_sessions() && self.vault.check_open().is_err() {
+            // As ssh-agent does. A client of the service door must find out that it is one, and why it gets nothing.
+            wire::put_bare(out, number::FAILURE);
         } else {
             wire::put_query_answer(out, self.door.extensions(&self.caller));
         }
         Handled::Done
     }
 
-    fn service(&mut self) -> Service<'_> {
-        Service { vault: &self.vault, caller: &self.caller, tickets: &mut self.tickets }
+    fn service(&mut self, arrived: Instant) -> Service<'_> {
+        Service { vault: &self.vault, caller: &self.caller, tickets: &mut self.tickets, parcel: &self.parcel, arrived }
     }
 
-    /// Appends success, or failure and the reason to the log.
-    fn done(&self, message: &'static str, result: Result<(), Refusal>, out: &mut Vec<u8>) {
+    /// Appends success, or failure and the reason to the log: when the audit log has it on the disk, where there is one.
+    fn done(&self, message: &'static str, result: Result<(), Refusal>, out: &mut Vec<u8>) -> Handled {
+        if self.vault.audit().is_on() {
+            return Handled::Later(self.done_later(message, async move { result }));
+        }
         put_done(out, message, result, &self.vault, &self.caller);
+        Handled::Done
     }
 
     fn done_later(
@@ -461,7 +553,9 @@ impl Session {
         let (vault, caller) = (Arc::clone(&self.vault), Arc::clone(&self.caller));
         Box::pin(async move {
             let mut out = Zeroizing::new(Vec::new());
-            put_done(&mut out, message, work.await, &vault, &caller);
+            let result = work.await;
+            vault.audit().flushed().await;
+            put_done(&mut out, message, result, &vault, &caller);
             out
         })
     }
@@ -502,9 +596,6 @@ fn add(vault: &Vault, caller: &Caller, request: &AddRequest<'_>, provider: Optio
     };
     vault.add(caller, candidate, key)
 }
-
-const NO_PKCS11: fn() -> Refusal =
-    || Refusal::Device(DeviceError::unsupported("PKCS#11 providers are not supported by this version"));
 
 /// What a connection is told that the service door's second fence keeps off.
 fn shut_out() -> Failure {
@@ -553,18 +644,30 @@ fn put_signed(out: &mut Vec<u8>, result: Result<Outcome, Refusal>, blob: &[u8], 
 mod tests {
     use super::*;
     use crate::{
+        devices::{
+            self, Device, Driver,
+            in_process::InProcess,
+            scripted::{Control, Script, Scripted},
+        },
         prompt::{self, Prompter},
         public_key::PublicKey,
         rfc4251::Put,
-        vault::{Parts, Settings, store::Store},
+        vault::{Parts, Settings, registry::Terms, store::Store},
     };
     use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
     use std::{future::pending, time::Duration};
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
-    fn connect(buffer: usize) -> DuplexStream {
+    fn vault() -> Arc<Vault> {
         let prompter = Prompter::new(prompt::Settings::default());
-        let vault = Vault::new(Settings::default(), Parts::new(prompter, Store::in_memory().unwrap()));
+        Vault::new(Settings::default(), Parts::new(prompter, Store::in_memory().unwrap()))
+    }
+
+    fn connect(buffer: usize) -> DuplexStream {
+        connect_to(vault(), buffer)
+    }
+
+    fn connect_to(vault: Arc<Vault>, buffer: usize) -> DuplexStream {
         let (ours, theirs) = tokio::io::duplex(buffer);
         tokio::spawn(serve(theirs, vault, Arc::new(Door::ssh_agent()), Caller::default(), pending()));
         ours
@@ -614,6 +717,34 @@ mod tests {
             let listed = tokio::time::timeout(Duration::from_secs(20), reply(&mut stream)).await.unwrap();
             assert!(listed[0] == number::IDENTITIES_ANSWER && listed.len() > 200_000);
         }
+    }
+
+    /// A peer that sends long requests to a device which hangs.
+    #[tokio::test]
+    async fn requests_in_flight_are_bounded_in_bytes() {
+        const LONG: usize = 200_000;
+        let script = "[[key]]\nslot = 'k'\ntype = 'ed25519'\n[[rule]]\non = 'sign'\ndo = 'hang'";
+        let engine = InProcess::<Scripted>::new(|| Control::new(Script::parse(script).unwrap()));
+        let device = Device::start("device", Scripted::KIND, devices::Settings::default(), engine);
+        let scan = device.watch().wait_for(|state| state.scan.is_some()).await.unwrap().scan.clone().unwrap();
+        let vault = vault();
+        vault.add_device(device.clone(), Terms::default(), &scan.keys).unwrap();
+        let mut stream = connect_to(vault, 16 << 20);
+        let request = framed(number::SIGN_REQUEST, |body| {
+            body.put_string(&scan.keys[0].blob);
+            body.put_string(&[7; LONG]);
+            body.put_u32(0);
+        });
+        stream.write_all(&request.repeat(20)).await.unwrap();
+        let in_flight = || device.load().0 + device.load().1;
+        let enough = MAX_IN_FLIGHT_BYTES.div_ceil(LONG);
+        while in_flight() < enough {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(in_flight(), enough);
     }
 
     #[tokio::test]

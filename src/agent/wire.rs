@@ -313,6 +313,18 @@ fn read_private<'a>(
     })
 }
 
+/// The private key of a message in which nothing follows it: the key's type, then its fields. None of an authenticator.
+pub fn read_soft(bytes: &[u8]) -> Result<SoftParts<'_>, RequestError> {
+    let mut r = Reader::new(bytes);
+    match KeyType::from_name(r.string()?) {
+        Some((key_type, false)) if !key_type.is_sk() => match read_private(key_type, None, &mut r)? {
+            (_, PrivateParts::Soft(parts)) => r.finish().map(|()| parts).map_err(RequestError::from),
+            (_, PrivateParts::Sk { .. }) => Err(KeyError::UnknownType.into()),
+        },
+        _ => Err(KeyError::UnknownType.into()),
+    }
+}
+
 /// `string public, string seed ‖ public`: the public half comes twice and must be the same.
 fn read_ed25519<'a>(r: &mut Reader<'a>) -> Result<(&'a [u8], &'a [u8]), RequestError> {
     let public = r.string()?;
@@ -335,7 +347,7 @@ pub fn put_bare(out: &mut Vec<u8>, number: u8) {
 }
 
 /// Appends a frame whose body `write` appends.
-pub(super) fn put_frame(out: &mut Vec<u8>, number: u8, write: impl FnOnce(&mut Vec<u8>)) {
+pub(crate) fn put_frame(out: &mut Vec<u8>, number: u8, write: impl FnOnce(&mut Vec<u8>)) {
     patch_length(out, |out| {
         out.push(number);
         write(out);
@@ -407,7 +419,7 @@ pub fn identities_answer(identities: &[Arc<Identity>], left_out: impl FnOnce(usi
     const HEAD: usize = 4 + 1 + 4;
     let mut out = vec![0; HEAD];
     let mut count = 0;
-    let offered = || identities.iter().filter(|identity| identity.key_type.is_ssh());
+    let offered = || identities.iter().filter(|identity| identity.is_offered());
     for identity in offered().take(MAX_LISTED) {
         let more = 8 + identity.blob.len() + identity.comment().len();
         if out.len() + more > super::frame::MAX_FRAME {

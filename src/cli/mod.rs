@@ -1,23 +1,56 @@
 //! The command line of `strongroom`: what can be asked for, and how an error is told to a person. Knows no key and no
 //! socket. Nothing else in the house writes to standard output, but for the drop-in's own lines in `ssh_agent`.
 
+mod add;
 mod agent;
+mod audit;
+mod backup;
+mod card;
 mod completions;
+mod connection;
+mod decrypt;
+mod derive;
+mod device;
 mod device_host;
 mod drop_in;
+mod error;
+mod forget;
+mod init;
+mod input;
+mod key;
+mod key_name;
+mod keys;
+mod lock;
 mod man;
+mod output;
+mod parcel;
+mod private_key_file;
+mod proof;
+mod public_key_file;
+mod random;
+mod sign;
+mod signature;
+mod slot;
+mod sshsig;
+mod status;
+mod stored_key;
+mod target;
+mod terminal;
+mod transfer;
+mod unlock;
+mod verify;
+mod watch;
+mod why;
 
 use std::{
     ffi::OsString,
     io::{self, Write},
-    path::PathBuf,
     process::ExitCode,
 };
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use thiserror::Error;
 
-use crate::{config::ConfigError, daemon::DaemonError, devices::host::child::ChildError};
+use self::error::CliError;
 
 /// A signing vault that speaks the ssh-agent protocol
 ///
@@ -36,45 +69,42 @@ const AFTER_HELP: &str = "Files: $XDG_CONFIG_HOME/strongroom/config.toml holds t
 #[derive(Subcommand)]
 enum Command {
     Agent(agent::Agent),
+    Status(status::Status),
+    Keys(keys::Keys),
+    Init(init::Init),
+    Slot(slot::Slot),
+    Passphrase(slot::Passphrase),
+    Backup(backup::Backup),
+    Restore(backup::Restore),
+    Transfer(transfer::Transfer),
+    Add(add::Add),
+    Key(key::Key),
+    Sign(sign::Sign),
+    Verify(verify::Verify),
+    Decrypt(decrypt::Decrypt),
+    Derive(derive::Derive),
+    Random(random::Random),
+    Unlock(unlock::Unlock),
+    Lock(lock::Lock),
+    Forget(forget::Forget),
+    Why(why::Why),
+    Device(device::Device),
+    Audit(audit::Audit),
+    Card(card::Card),
     Man(man::Man),
     Completions(completions::Completions),
     DeviceHost(device_host::DeviceHost),
 }
 
-/// What a subcommand could not do. The message says what happened; the remedy is the line below it.
-#[derive(Debug, Error)]
-enum CliError {
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    #[error(transparent)]
-    Daemon(#[from] DaemonError),
-    #[error(transparent)]
-    DeviceHost(#[from] ChildError),
-    #[error("{path}: {source}", path = path.display())]
-    File { path: PathBuf, source: io::Error },
-    #[error("standard output: {0}")]
-    Output(io::Error),
-}
-
-impl CliError {
-    /// What the person can do about it; `None` where the message says so itself.
-    fn remedy(&self) -> Option<&'static str> {
-        match self {
-            Self::Config(error) => Some(error.remedy()),
-            Self::Daemon(_) => None,
-            Self::DeviceHost(_) => Some("Only the daemon starts this; look into its log."),
-            Self::File { .. } => Some("Name a directory that you may write to."),
-            Self::Output(_) => Some("Send the output to a file or a program that takes it."),
-        }
-    }
-}
-
-/// Runs `strongroom` with `args`, the program's own name first. Exits 0, 1 when something failed, 2 when the command
-/// line was not understood.
+/// Runs `strongroom` with `args`, the program's own name first. Exits 0 when it is done, else as the page of the manual
+/// says.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let parsed = command().try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches));
     match parsed {
-        Ok(cli) => report(run(cli)),
+        Ok(cli) => {
+            let json = cli.command.json();
+            report(run(cli), json)
+        }
         Err(error) => {
             // Nothing is left to tell about an error that cannot be shown.
             let _ = error.print();
@@ -88,23 +118,82 @@ fn command() -> clap::Command {
     Cli::command().subcommand(drop_in::command())
 }
 
+impl Command {
+    /// Whether errors are to be told to a program, too.
+    fn json(&self) -> bool {
+        let connection = match self {
+            Self::Status(status) => &status.connection,
+            Self::Keys(keys) => &keys.connection,
+            Self::Sign(sign) => &sign.connection,
+            Self::Verify(verify) => &verify.connection,
+            Self::Decrypt(decrypt) => &decrypt.connection,
+            Self::Derive(derive) => &derive.connection,
+            Self::Random(random) => &random.connection,
+            Self::Unlock(unlock) => &unlock.connection,
+            Self::Lock(lock) => &lock.connection,
+            Self::Forget(forget) => &forget.connection,
+            Self::Why(why) => &why.connection,
+            Self::Add(add) => &add.connection,
+            Self::Device(device) => return device.json(),
+            Self::Key(key) => return key.json(),
+            Self::Audit(audit) => audit.connection(),
+            Self::Card(card) => card.connection(),
+            Self::Init(init) => &init.connection,
+            Self::Slot(slot) => slot.connection(),
+            Self::Passphrase(passphrase) => &passphrase.connection,
+            Self::Backup(backup) => &backup.connection,
+            Self::Restore(restore) => &restore.connection,
+            Self::Transfer(transfer) => transfer.connection(),
+            Self::Agent(_) | Self::Man(_) | Self::Completions(_) | Self::DeviceHost(_) => return false,
+        };
+        connection.json
+    }
+}
+
 fn run(cli: Cli) -> Result<(), CliError> {
     match cli.command {
         Command::Agent(agent) => agent.run(),
+        Command::Status(status) => status.run(),
+        Command::Keys(keys) => keys.run(),
+        Command::Add(add) => add.run(),
+        Command::Key(key) => key.run(),
+        Command::Sign(sign) => sign.run(),
+        Command::Verify(verify) => verify.run(),
+        Command::Decrypt(decrypt) => decrypt.run(),
+        Command::Derive(derive) => derive.run(),
+        Command::Random(random) => random.run(),
+        Command::Unlock(unlock) => unlock.run(),
+        Command::Lock(lock) => lock.run(),
+        Command::Forget(forget) => forget.run(),
+        Command::Why(why) => why.run(),
+        Command::Device(device) => device.run(),
+        Command::Audit(audit) => audit.run(),
+        Command::Card(card) => card.run(),
+        Command::Init(init) => init.run(),
+        Command::Slot(slot) => slot.run(),
+        Command::Backup(backup) => backup.run(),
+        Command::Restore(restore) => restore.run(),
+        Command::Transfer(transfer) => transfer.run(),
+        Command::Passphrase(passphrase) => passphrase.run(),
         Command::Man(man) => man.run(),
         Command::Completions(completions) => completions.run(),
         Command::DeviceHost(host) => host.run(),
     }
 }
 
-fn report(result: Result<(), CliError>) -> ExitCode {
-    let Err(error) = result else { return ExitCode::SUCCESS };
-    let mut text = format!("strongroom: {error}\n");
-    if let Some(remedy) = error.remedy() {
-        text.push_str(&format!("  {remedy}\n"));
+fn report(result: Result<(), CliError>, json: bool) -> ExitCode {
+    let error = match result {
+        Ok(()) => return ExitCode::SUCCESS,
+        // Whoever reads has had enough.
+        Err(error) if error.is_broken_pipe() => return ExitCode::SUCCESS,
+        Err(error) => error,
+    };
+    if json {
+        // The exit code tells, even if nobody reads this.
+        let _ = output::print_json(&error.json());
     }
-    let _ = io::stderr().write_all(text.as_bytes());
-    ExitCode::FAILURE
+    let _ = io::stderr().write_all(error.text().as_bytes());
+    error.exit().into()
 }
 
 #[cfg(test)]
@@ -133,14 +222,7 @@ mod tests {
         let cli = Cli::from_arg_matches(&command().try_get_matches_from(args).unwrap()).unwrap();
         let Command::Agent(agent) = cli.command else { panic!("another subcommand") };
         assert_eq!(agent.config.unwrap().to_str(), Some("c.toml"));
-        assert_eq!(agent.sockets, ["/a", "/b"].map(PathBuf::from));
+        assert_eq!(agent.sockets, ["/a", "/b"].map(std::path::PathBuf::from));
         assert_eq!(agent.state.unwrap().to_str(), Some("s"));
-    }
-
-    #[test]
-    fn every_error_of_ours_has_a_remedy() {
-        let file = CliError::File { path: "/x".into(), source: io::ErrorKind::PermissionDenied.into() };
-        let output = CliError::Output(io::ErrorKind::BrokenPipe.into());
-        assert!([file, output].iter().all(|e| e.remedy().is_some_and(|r| r.ends_with('.'))));
     }
 }

@@ -2,21 +2,25 @@
 
 use std::io;
 use std::os::unix::net::UnixListener as StdListener;
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{self, Runtime};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::AbortHandle;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::{AbortHandle, spawn_blocking};
 use tokio::time::{sleep, timeout};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::agent::{door::Door, session};
 use crate::prompt::{self, Prompter};
-use crate::vault::{self, Parts, Vault, store::Store};
+use crate::sys::memory;
+use crate::vault::{self, Parts, Vault, audit::Audit, budget::Budget, store::Store};
 
 /// Threads for what blocks: arithmetic of the lock, files.
 const BLOCKING_THREADS: usize = 64;
@@ -26,12 +30,18 @@ const MAX_DESCRIPTORS: u64 = 65_536;
 const RESERVED_DESCRIPTORS: u64 = 128;
 /// More connections than this are never open.
 const MAX_CONNECTIONS: usize = 65_536;
+/// One uid that is neither ours nor root's has no more than this part of the places for connections.
+const GUESTS_PART: usize = 4;
 /// The pause after a connection could not be accepted: at first…
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 /// …and at most, doubled each time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long nobody has been connected when the program's code is let go.
+const CALM: Duration = Duration::from_secs(1);
 /// How long connections may take in the end to have their answers.
 const DRAIN: Duration = Duration::from_secs(1);
+/// How long a device may take to answer to a PIN that it was sent: longer than an operation's own time usually is.
+const END_PINS: Duration = Duration::from_secs(10);
 /// How long the devices may take to be gone.
 const END_DEVICES: Duration = Duration::from_secs(3);
 /// How long the end may wait for what cannot be interrupted.
@@ -45,6 +55,9 @@ pub(super) struct Server {
     room: Arc<Semaphore>,
     /// How many places there are.
     places: usize,
+    /// How many of them each uid has that is neither ours nor root's.
+    guests: Arc<Budget>,
+    traffic: Arc<Traffic>,
     accepting: Vec<AbortHandle>,
     /// True when connections are to end.
     ending: watch::Sender<bool>,
@@ -52,7 +65,12 @@ pub(super) struct Server {
 
 impl Server {
     /// An empty vault that nobody is connected to. Raises the limit on open files, and starts threads.
-    pub(super) fn new(settings: vault::Settings, prompts: prompt::Settings, store: Store) -> io::Result<Self> {
+    pub(super) fn new(
+        settings: vault::Settings,
+        prompts: prompt::Settings,
+        store: Store,
+        audit: Audit,
+    ) -> io::Result<Self> {
         let descriptors = raise_descriptor_limit();
         let room = usize::try_from(descriptors.saturating_sub(RESERVED_DESCRIPTORS)).unwrap_or(usize::MAX);
         let runtime = runtime::Builder::new_multi_thread()
@@ -63,14 +81,21 @@ impl Server {
             .build()?;
         let vault = {
             let _runtime = runtime.enter();
-            Vault::new(settings, Parts::new(Prompter::new(prompts), store))
+            let parts = Parts::new(Prompter::new(prompts), store);
+            let slot_time = slot_time().unwrap_or(parts.slot_time);
+            Vault::new(settings, Parts { audit, slot_time, ..parts })
         };
         let clock = Arc::clone(&vault);
         runtime.spawn(async move { clock.expire().await });
+        runtime.spawn(Arc::clone(&vault).lock_by_itself());
+        let traffic = Arc::<Traffic>::default();
+        runtime.spawn(Arc::clone(&traffic).tidy());
         // A few places at least, or an agent with few descriptors would serve nobody.
         let places = room.clamp(8, MAX_CONNECTIONS);
         let room = Arc::new(Semaphore::new(places));
-        Ok(Self { runtime, vault, room, places, accepting: Vec::new(), ending: watch::Sender::new(false) })
+        let guests = Arc::new(Budget::new(places / GUESTS_PART));
+        let ending = watch::Sender::new(false);
+        Ok(Self { runtime, vault, room, places, guests, traffic, accepting: Vec::new(), ending })
     }
 
     pub(super) fn vault(&self) -> &Arc<Vault> {
@@ -86,18 +111,24 @@ impl Server {
         listener.set_nonblocking(true)?;
         let _runtime = self.runtime.enter();
         let listener = UnixListener::from_std(listener)?;
-        let front = Front { door, vault: Arc::clone(&self.vault), ending: self.ending.subscribe() };
+        let (vault, guests) = (Arc::clone(&self.vault), Arc::clone(&self.guests));
+        let front = Front { door, vault, guests, traffic: Arc::clone(&self.traffic), ending: self.ending.subscribe() };
         self.accepting.push(self.runtime.spawn(accept(listener, front, Arc::clone(&self.room))).abort_handle());
         Ok(())
     }
 
-    /// Makes the first random number, which alone costs tens of milliseconds, before a request needs one.
-    pub(super) fn warm_up() {
-        let fill = || {
+    /// Makes the first random number, which alone costs tens of milliseconds, before a request needs one; then, when the
+    /// start is over, lets go of the code that was needed so far.
+    pub(super) fn warm_up(&self) {
+        let (runtime, audit) = (self.runtime.handle().clone(), self.vault.audit().clone());
+        let warm_up = move || {
             let _ = aws_lc_rs::rand::fill(&mut [0; 8]);
+            // The last that a start does is to write down that it was one.
+            runtime.block_on(audit.flushed());
+            release_code();
         };
         // Without the thread, the first request that needs a random number is slow, and nothing else.
-        let _ = thread::Builder::new().name("warm-up".to_owned()).spawn(fill);
+        let _ = thread::Builder::new().name("warm-up".to_owned()).spawn(warm_up);
     }
 
     /// Refuses what is in flight, ends every connection, prompt and device. No secret is in memory when this returns,
@@ -112,9 +143,11 @@ impl Server {
             // All places are free when all connections have ended. One whose peer does not read is cut off.
             let all = u32::try_from(self.places).unwrap_or(u32::MAX);
             let _ = timeout(DRAIN, self.room.acquire_many(all)).await;
+            self.wait_for_pins().await;
             if timeout(END_DEVICES, self.vault.end_devices()).await.is_err() {
                 warn!("a device does not end; its process is left to itself");
             }
+            self.vault.audit().close().await;
             self.vault.close_store().await;
         });
         self.vault.wipe();
@@ -122,13 +155,98 @@ impl Server {
         // What a connection may have added while the others ended.
         self.vault.wipe();
     }
+
+    /// A PIN whose answer is not known may have cost a try, and would have to be given by a person after the next start.
+    async fn wait_for_pins(&self) {
+        if self.vault.have_pins_arrived() {
+            return;
+        }
+        info!("a device has been sent a PIN; its answer is waited for");
+        if timeout(END_PINS, self.vault.pins_have_arrived()).await.is_err() {
+            warn!("a device does not say whether its PIN is right");
+        }
+    }
+}
+
+/// How long tests want a try at a passphrase of the store to take. No release has the scripted device, nor this.
+fn slot_time() -> Option<Duration> {
+    let named = cfg!(feature = "scripted").then(|| std::env::var("STRONGROOM_TEST_SLOT_MS").ok()).flatten();
+    named.and_then(|ms| ms.parse().ok()).map(Duration::from_millis)
 }
 
 /// What is behind a listening socket.
 struct Front {
     door: watch::Receiver<Arc<Door>>,
     vault: Arc<Vault>,
+    guests: Arc<Budget>,
+    traffic: Arc<Traffic>,
     ending: watch::Receiver<bool>,
+}
+
+/// A connection's place among those of its uid: who shares a vault with others must not have all its places.
+struct Seat(Option<(Arc<Budget>, u32)>);
+
+impl Seat {
+    /// `None` when the uid has as many as it may.
+    fn take(guests: &Arc<Budget>, uid: u32) -> Option<Self> {
+        if uid == geteuid().as_raw() || uid == 0 {
+            return Some(Self(None));
+        }
+        guests.take(uid, 1).then(|| Self(Some((Arc::clone(guests), uid))))
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if let Some((guests, uid)) = &self.0 {
+            guests.give_back(*uid, 1);
+        }
+    }
+}
+
+/// How many connections are open.
+#[derive(Default)]
+struct Traffic {
+    open: AtomicUsize,
+    /// The last has ended.
+    over: Notify,
+}
+
+impl Traffic {
+    /// Lets go of the program's code whenever nobody has been connected for a moment. Never returns.
+    async fn tidy(self: Arc<Self>) {
+        loop {
+            self.over.notified().await;
+            sleep(CALM).await;
+            if self.open.load(Ordering::Relaxed) == 0 {
+                let _ = spawn_blocking(release_code).await;
+            }
+        }
+    }
+}
+
+/// That a connection is open.
+struct Presence(Arc<Traffic>);
+
+impl Presence {
+    fn new(traffic: &Arc<Traffic>) -> Self {
+        traffic.open.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(traffic))
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        if self.0.open.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.over.notify_one();
+        }
+    }
+}
+
+fn release_code() {
+    if let Err(error) = memory::release_code() {
+        debug!("the program's code stays in memory: {error}");
+    }
 }
 
 /// Accepts until it is aborted. A connection that finds no room waits in the socket's backlog.
@@ -165,11 +283,16 @@ impl Front {
         };
         let door = Arc::clone(&self.door.borrow());
         let Some(caller) = door.admit(peer) else { return };
+        let Some(seat) = Seat::take(&self.guests, caller.uid) else {
+            warn!(uid = caller.uid, pid = caller.pid, "closed a connection: its uid has too many");
+            return;
+        };
         let (vault, mut ending) = (Arc::clone(&self.vault), self.ending.clone());
+        let presence = Presence::new(&self.traffic);
         tokio::spawn(async move {
             let end = async move { drop(ending.wait_for(|ending| *ending).await) };
             session::serve(stream, vault, door, caller, end).await;
-            drop(permit);
+            drop((seat, permit, presence));
         });
     }
 }
@@ -184,5 +307,24 @@ fn raise_descriptor_limit() -> u64 {
             if raised.is_ok() { wanted } else { current }
         }
         current => current.unwrap_or(MAX_DESCRIPTORS),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stranger_has_a_part_of_the_places_and_we_have_all() {
+        let guests = Arc::new(Budget::new(2));
+        let (own, stranger) = (geteuid().as_raw(), geteuid().as_raw() + 1);
+        let one = Seat::take(&guests, stranger).unwrap();
+        let _two = Seat::take(&guests, stranger).unwrap();
+        assert!(Seat::take(&guests, stranger).is_none());
+        assert!(Seat::take(&guests, stranger + 1).is_some());
+        let ours: Vec<_> = (0..9).map(|_| Seat::take(&guests, own).unwrap()).collect();
+        drop((one, ours));
+        assert!(Seat::take(&guests, stranger).is_some());
     }
 }

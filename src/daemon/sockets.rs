@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use crate::config::{Config, DoorKind, Listen, group_id};
 use crate::sys::activation;
-use crate::sys::socket_file::{SocketFile, nobody_listens};
+use crate::sys::socket_file::{SocketFile, is_left_over};
 
 /// How long to wait for another agent that is just opening a socket in the same directory.
 const TURN: Duration = Duration::from_secs(1);
@@ -145,7 +145,7 @@ fn make_way(path: &Path) -> Result<(), SocketError> {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
         Err(e) => Err(failed(e)),
         Ok(metadata) if !metadata.file_type().is_socket() => Err(SocketError::NotASocket(path.to_owned())),
-        Ok(_) if nobody_listens(path) => fs::remove_file(path).map_err(failed),
+        Ok(_) if is_left_over(path) => fs::remove_file(path).map_err(failed),
         Ok(_) => Err(SocketError::Live(path.to_owned())),
     }
 }
@@ -178,6 +178,7 @@ mod tests {
             uids: vec![0],
             keys: None,
             messages: Vec::new(),
+            clients: Vec::new(),
         }
     }
 

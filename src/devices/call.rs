@@ -1,11 +1,13 @@
 //! What is asked of a driver, as one value: it passes through a queue, and to a child process. Knows drivers only.
 
-use std::{fmt, future::Future};
+use std::{fmt, future::Future, time::Duration};
 
 use secrecy::SecretString;
 use zeroize::Zeroizing;
 
-use super::{DeviceError, Driver, Operation, Scan, Slot, Status};
+use super::{
+    CardChange, CardStatus, DeviceError, Driver, FoundKey, NewKey, Operation, PrivateHalf, Scan, Slot, Status,
+};
 
 /// One request to a driver.
 #[derive(Clone)]
@@ -22,6 +24,18 @@ pub enum Call {
     Random(usize),
     /// [`Driver::sign`], [`Driver::decrypt`] or [`Driver::derive`].
     Operate(Slot, Operation<'static>),
+    /// [`Driver::generate`]
+    Generate(NewKey),
+    /// [`Driver::import`]
+    Import(NewKey, PrivateHalf),
+    /// [`Driver::rename`]: the key in this slot, to this label.
+    Rename(Slot, String),
+    /// [`Driver::delete`]
+    Delete(Slot),
+    /// [`Driver::card_status`]
+    CardStatus,
+    /// [`Driver::change_card`]
+    ChangeCard(CardChange),
 }
 
 impl fmt::Debug for Call {
@@ -33,6 +47,12 @@ impl fmt::Debug for Call {
             Self::Lock => "lock",
             Self::Random(_) => "random",
             Self::Operate(_, operation) => operation.name(),
+            Self::Generate(_) => "generate",
+            Self::Import(..) => "import",
+            Self::Rename(..) => "rename",
+            Self::Delete(_) => "delete",
+            Self::CardStatus => "card-status",
+            Self::ChangeCard(change) => change.name(),
         })
     }
 }
@@ -43,8 +63,12 @@ pub enum Reply {
     Scan(Scan),
     /// To a question for its health.
     Status(Status),
-    /// To an unlock or lock.
+    /// To an unlock, lock, rename, delete or change of a card.
     Done,
+    /// To a generate or import: the key that is there now.
+    Key(Box<FoundKey>),
+    /// To a question what a card says of itself.
+    Card(Box<CardStatus>),
     /// A signature, a plaintext, a secret, random bytes: in the form that the call's scheme has. Nobody has verified it.
     Bytes(Zeroizing<Vec<u8>>),
 }
@@ -66,6 +90,12 @@ pub async fn perform<D: Driver>(driver: &D, call: Call) -> Result<Reply, DeviceE
         Call::Operate(slot, Operation::Derive { scheme, peer }) => {
             driver.derive(&slot, scheme, &peer).await.map(Reply::Bytes)
         }
+        Call::Generate(new) => driver.generate(&new).await.map(|key| Reply::Key(Box::new(key))),
+        Call::Import(new, private) => driver.import(&new, &private).await.map(|key| Reply::Key(Box::new(key))),
+        Call::Rename(slot, label) => driver.rename(&slot, &label).await.map(|()| Reply::Done),
+        Call::Delete(slot) => driver.delete(&slot).await.map(|()| Reply::Done),
+        Call::CardStatus => driver.card_status().await.map(|status| Reply::Card(Box::new(status))),
+        Call::ChangeCard(change) => driver.change_card(&change).await.map(|()| Reply::Done),
     }
 }
 
@@ -83,13 +113,15 @@ pub trait Session: Send + Sync + 'static {
     /// [`Driver::lanes`]: more calls than that are not made at once.
     fn lanes(&self) -> usize;
 
-    /// Makes a call. Dropping the future gives up the answer; where the driver runs in another process, it goes on there.
-    /// [`Restarted`](DeviceError::Restarted) when the driver dies in the middle of it.
+    /// Makes a call. Polling it takes no time: the driver works elsewhere. Dropping the future gives up the answer; where
+    /// the driver runs in another process, it goes on there. [`Restarted`](DeviceError::Restarted) when the driver dies in
+    /// the middle of it.
     fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static;
 
     /// Completes when the driver has died by itself, with the reason for a person.
     fn died(&self) -> impl Future<Output = String> + Send + 'static;
 
-    /// Ends it, whatever it is doing, and completes when nothing of it is left.
-    fn end(self) -> impl Future<Output = ()> + Send;
+    /// Ends it, and completes when nothing of it is left. `parting` is how long the driver may take to finish what it is
+    /// doing and to let go of its device.
+    fn end(self, parting: Duration) -> impl Future<Output = ()> + Send;
 }

@@ -9,7 +9,7 @@ use std::{
     thread,
 };
 
-use tokio::sync::oneshot;
+use tokio::{runtime::Handle, sync::oneshot};
 use tracing::error;
 
 use super::{DeviceError, turns::Turns};
@@ -18,14 +18,33 @@ use super::{DeviceError, turns::Turns};
 /// SCHED_IDLE would leave RSA nothing on a busy machine.
 const NICE: i32 = 10;
 
+/// While more jobs than this wait, those who wait for brief ones are told of them in groups: waking a thread for each would
+/// take a fifth of RSA-2048's rate.
+const MANY: usize = 8;
+/// Jobs in such a group.
+const GROUP: usize = 4;
+
+/// How long a job takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    /// Less than half a millisecond.
+    Brief,
+    /// More, or nobody knows.
+    Long,
+}
+
 struct Job {
     id: u64,
-    work: Box<dyn FnOnce() + Send>,
+    length: Length,
+    work: Box<dyn FnOnce() -> Option<Tell> + Send>,
 }
+
+/// Tells whoever waits for a job what came of it.
+type Tell = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct Queue {
-    /// Their number is bounded by what a connection may have in flight: they go when nobody waits for them.
+    /// Their number is bounded by what a connection may have in flight and in tickets: they go when nobody waits for them.
     jobs: Mutex<Turns<Job>>,
     ready: Condvar,
     /// How many there were.
@@ -77,18 +96,21 @@ impl Compute {
     pub async fn run<T: Send + 'static>(
         &self,
         owner: u64,
+        length: Length,
         work: impl FnOnce() -> Result<T, DeviceError> + Send + 'static,
     ) -> Result<T, DeviceError> {
         let Some(threads) = self.threads else { return work() };
         let (sender, receiver) = oneshot::channel();
         let job = move || {
-            if !sender.is_closed() {
-                let _ = sender.send(work());
+            if sender.is_closed() {
+                return None;
             }
+            let result = work();
+            Some(Box::new(move || drop(sender.send(result))) as Tell)
         };
         let queue = self.queue.get_or_init(|| start(threads));
         let id = queue.count.fetch_add(1, Ordering::Relaxed);
-        queue.jobs().push(owner, Job { id, work: Box::new(job) });
+        queue.jobs().push(owner, Job { id, length, work: Box::new(job) });
         queue.ready.notify_one();
         let _waiting = Waiting { queue, owner, id };
         receiver.await.unwrap_or_else(|_| Err(DeviceError::Failed("the computation died".into())))
@@ -108,9 +130,11 @@ impl Compute {
 
 fn start(threads: usize) -> Arc<Queue> {
     let queue = Arc::new(Queue::default());
+    let runtime = Handle::try_current().ok();
     for n in 0..threads {
-        let queue = Arc::clone(&queue);
-        if let Err(e) = thread::Builder::new().name(format!("compute-{n}")).spawn(move || serve(&queue)) {
+        let (queue, runtime) = (Arc::clone(&queue), runtime.clone());
+        let serve = move || serve(&queue, runtime.as_ref());
+        if let Err(e) = thread::Builder::new().name(format!("compute-{n}")).spawn(serve) {
             error!("cannot start a compute thread: {e}");
         }
     }
@@ -123,24 +147,50 @@ impl Default for Compute {
     }
 }
 
-fn serve(queue: &Queue) {
+fn serve(queue: &Queue, runtime: Option<&Handle>) {
     // Works on the calling thread only and needs no privilege; without it the pool is merely less polite.
     let _ = rustix::process::nice(NICE);
+    let mut done = Vec::with_capacity(GROUP);
     loop {
         let mut jobs = queue.jobs();
         let job = loop {
             match jobs.pop() {
                 Some(job) => break job,
+                // What made the queue long may have been taken by others, or given up.
+                None if !done.is_empty() => {
+                    drop(jobs);
+                    tell(&mut done, runtime);
+                    jobs = queue.jobs();
+                }
                 None => jobs = queue.ready.wait(jobs).unwrap_or_else(PoisonError::into_inner),
             }
         };
+        let many = jobs.len() > MANY;
         drop(jobs);
+        if job.length == Length::Long {
+            tell(&mut done, runtime);
+        }
         // A panic must not shrink the pool; its caller learns that the computation died.
-        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job.work));
+        done.extend(std::panic::catch_unwind(std::panic::AssertUnwindSafe(job.work)).ok().flatten());
+        if !many || job.length == Length::Long || done.len() >= GROUP {
+            tell(&mut done, runtime);
+        }
+    }
+}
+
+/// Tells all, several from within the runtime: from here each would wake a thread of it.
+fn tell(done: &mut Vec<Tell>, runtime: Option<&Handle>) {
+    match runtime {
+        Some(runtime) if done.len() > 1 => {
+            let done = std::mem::replace(done, Vec::with_capacity(GROUP));
+            runtime.spawn(async move { done.into_iter().for_each(|tell| tell()) });
+        }
+        _ => done.drain(..).for_each(|tell| tell()),
     }
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use std::{
@@ -154,11 +204,11 @@ mod tests {
         let (release, held) = mpsc::channel::<()>();
         let data = Arc::new(());
         let kept = Arc::clone(&data);
-        let mut long = Box::pin(compute.run(1, move || {
+        let mut long = Box::pin(compute.run(1, Length::Long, move || {
             let _ = held.recv();
             Ok(())
         }));
-        let mut behind = Box::pin(compute.run(1, move || {
+        let mut behind = Box::pin(compute.run(1, Length::Long, move || {
             drop(kept);
             Ok(())
         }));
@@ -167,5 +217,66 @@ mod tests {
         drop(behind);
         assert_eq!(Arc::strong_count(&data), 1);
         drop(release);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_one_of_many_brief_jobs_is_told_whatever_comes_after_it() {
+        let compute = Arc::new(Compute { threads: Some(1), queue: OnceLock::new() });
+        // A job that lasts until the other end of its channel goes.
+        let hold = || {
+            let (held, hold) = mpsc::channel::<()>();
+            let compute = Arc::clone(&compute);
+            let work = move || Ok(hold.recv().is_err());
+            (held, tokio::spawn(async move { compute.run(1, Length::Long, work).await }))
+        };
+        let (before, first) = hold();
+        let brief: Vec<_> = (0..MANY + GROUP + 2)
+            .map(|n| {
+                let compute = Arc::clone(&compute);
+                tokio::spawn(async move { compute.run(1, Length::Brief, move || Ok(n)).await })
+            })
+            .collect();
+        let (behind, last) = hold();
+        while compute.queue.get().is_none_or(|queue| queue.jobs().len() <= brief.len()) {
+            tokio::task::yield_now().await;
+        }
+        drop(before);
+        assert_eq!(first.await.unwrap(), Ok(true));
+        for (n, brief) in brief.into_iter().enumerate() {
+            assert_eq!(brief.await.unwrap(), Ok(n));
+        }
+        drop(behind);
+        assert_eq!(last.await.unwrap(), Ok(true));
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_told_when_those_behind_give_up() {
+        let compute = Arc::new(Compute { threads: Some(1), queue: OnceLock::new() });
+        let (begun, has_begun) = mpsc::channel();
+        let (go, stay) = mpsc::channel::<()>();
+        let of_one = Arc::clone(&compute);
+        let work = move || {
+            let _ = begun.send(());
+            Ok(stay.recv().is_err())
+        };
+        let one = tokio::spawn(async move { of_one.run(1, Length::Brief, work).await });
+        let others: Vec<_> = (0..=MANY + 1)
+            .map(|_| {
+                let compute = Arc::clone(&compute);
+                tokio::spawn(async move { compute.run(2, Length::Brief, || Ok(())).await })
+            })
+            .collect();
+        while compute.queue.get().is_none_or(|queue| queue.jobs().len() < others.len()) {
+            tokio::task::yield_now().await;
+        }
+        has_begun.recv().unwrap();
+        for other in &others {
+            other.abort();
+        }
+        for other in others {
+            assert!(other.await.is_err());
+        }
+        drop(go);
+        assert_eq!(one.await.unwrap(), Ok(true));
     }
 }

@@ -2,9 +2,10 @@
 
 use std::{
     fmt,
+    ops::RangeInclusive,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -17,13 +18,17 @@ use tokio::{
 use zeroize::Zeroizing;
 
 use super::{
-    DeviceError, DeviceState, FoundKey, Health, Operation, Outcome, Signature,
+    CardChange, CardStatus, DeriveScheme, DeviceError, DeviceState, FoundKey, Health, NewKey, Operation, Outcome,
+    PrivateHalf, Scan, Signature, Slot,
     call::{Call, Engine, Reply},
+    life,
     operation::MAX_INPUT,
     turns::Turns,
     verify,
+    want::{Want, Wanted, Wants},
     worker::Worker,
 };
+use crate::public_key::KeyType;
 
 /// The most random bytes that one call gives.
 pub const MAX_RANDOM: usize = 1024;
@@ -31,18 +36,22 @@ pub const MAX_RANDOM: usize = 1024;
 /// The bounds of a device. Each has a default that fits tokens and cards.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Calls that may wait for a lane.
+    /// Calls that may wait for a lane, besides those whose callers wait however full it is.
     pub queue: usize,
     /// How long an operation may take, the wait in the queue included, unless its caller asks for less.
     pub timeout: Duration,
     /// The same for operations that want a touch.
     pub touch_timeout: Duration,
+    /// The same for making a key, or taking one over: RSA takes some cards minutes.
+    pub generate_timeout: Duration,
     /// How long opening and scanning may take.
     pub open_timeout: Duration,
     /// How long the other lanes may take to finish when one is stalled.
     pub grace: Duration,
     /// How often a device that is idle, absent or failed is looked at.
     pub probe: Duration,
+    /// Whether a request for one of its keys waits for it while it is absent, up to its deadline.
+    pub wait: bool,
 }
 
 impl Default for Settings {
@@ -51,9 +60,11 @@ impl Default for Settings {
             queue: 1024,
             timeout: Duration::from_secs(5),
             touch_timeout: Duration::from_secs(30),
+            generate_timeout: Duration::from_secs(120),
             open_timeout: Duration::from_secs(30),
             grace: Duration::from_secs(1),
             probe: Duration::from_secs(5),
+            wait: false,
         }
     }
 }
@@ -63,9 +74,12 @@ impl Default for Settings {
 pub struct Patience {
     /// Its own deadline; the device's applies where that is sooner.
     pub deadline: Option<Instant>,
-    /// Whether it waits for a place in a full queue, rather than take [`DeviceError::Busy`] for an answer.
+    /// Whether it waits although the queue is full, rather than take [`DeviceError::Busy`] for an answer.
     pub waits_for_place: bool,
 }
+
+/// Of logins and logouts: they are few, and what comes of them decides about all that waits.
+const PATIENT: Patience = Patience { deadline: None, waits_for_place: true };
 
 /// What a device has done since the daemon started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,6 +92,15 @@ pub struct Counters {
     pub timeouts: u64,
     /// How often the driver was ended, or ended by itself, while it had a device open.
     pub restarts: u64,
+}
+
+/// Why a login failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoginError {
+    /// The reason.
+    pub error: DeviceError,
+    /// Whether the PIN went to the driver: only then can it have cost a try.
+    pub sent: bool,
 }
 
 /// One token, card or file of keys. Cheap to clone; clones are the same device.
@@ -93,7 +116,8 @@ pub(super) struct Shared {
     queue: Mutex<Queue>,
     /// Wakes the worker: there is a job, or it is to end, or to look at the device now.
     pub(super) wake: Notify,
-    /// A permit for each job that may wait in the queue.
+    /// A permit for each job that may wait in the queue, besides those whose callers wait however full it is: how many
+    /// these are is for whoever has the callers to bound.
     places: Arc<Semaphore>,
     jobs: AtomicU64,
     /// Calls inside the driver, and how many it makes at once; 0 while there is none.
@@ -102,6 +126,7 @@ pub(super) struct Shared {
     pub(super) counts: Counts,
     /// True when the worker has ended and nothing of the driver is left.
     pub(super) ended: watch::Sender<bool>,
+    wants: Wants,
 }
 
 #[derive(Default)]
@@ -117,7 +142,8 @@ struct Queue {
     turns: Turns<Job>,
     /// Why there is no point in waiting; then nothing waits.
     refusal: Option<DeviceError>,
-    ending: bool,
+    /// Why the device ends, once it does.
+    ending: Option<DeviceError>,
     probe_now: bool,
 }
 
@@ -129,7 +155,10 @@ pub(super) struct Job {
     /// How long the driver may take from when it begins. Not the caller's own deadline: who asks for little must not be
     /// able to have a device restarted that merely takes its time.
     pub(super) limit: Duration,
-    _place: OwnedSemaphorePermit,
+    /// Becomes true when it is taken out of the queue to be made.
+    begun: Arc<AtomicBool>,
+    /// `None` for a caller that waits however full the queue is.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl Shared {
@@ -137,10 +166,20 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next job that somebody still waits for.
-    pub(super) fn next_job(&self) -> Option<Job> {
+    /// The next job that somebody still waits for, of those that may begin now.
+    pub(super) fn next_job(&self, may: impl Fn(&Call) -> bool) -> Option<Job> {
         let mut queue = self.queue();
-        std::iter::from_fn(|| queue.turns.pop()).find(|job| !job.reply.is_closed())
+        let next = || queue.turns.pop_if(|job| job.reply.is_closed() || may(&job.call));
+        let job = std::iter::from_fn(next).find(|job| !job.reply.is_closed())?;
+        job.begun.store(true, Ordering::Relaxed);
+        Some(job)
+    }
+
+    /// A place in the full queue for an owner that has fewer than another: whoever fills it must not keep the others out.
+    fn place_of_another(&self, owner: u64) -> Option<OwnedSemaphorePermit> {
+        let Job { reply, place, .. } = self.queue().turns.crowd_out(owner, |job| job.place.is_some())?;
+        let _ = reply.send(Err(DeviceError::Busy));
+        place
     }
 
     /// Answers everything that waits, and all that comes until [`Shared::admit`], with `refusal`.
@@ -158,13 +197,18 @@ impl Shared {
     /// Lets jobs wait again.
     pub(super) fn admit(&self) {
         let mut queue = self.queue();
-        if !queue.ending {
+        if queue.ending.is_none() {
             queue.refusal = None;
         }
     }
 
     pub(super) fn is_ending(&self) -> bool {
-        self.queue().ending
+        self.queue().ending.is_some()
+    }
+
+    /// What callers are told when the device ends.
+    pub(super) fn end_reason(&self) -> DeviceError {
+        self.queue().ending.clone().unwrap_or(DeviceError::Gone)
     }
 
     /// Whether somebody asked since the last time to look at the device now.
@@ -182,7 +226,7 @@ struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        // Dropped outside the lock: it wakes whoever waits for its place.
+        // Dropped outside the lock, like all that may be long.
         let job = self.shared.queue().turns.remove(self.owner, |job| job.id == self.id);
         drop(job);
     }
@@ -204,6 +248,7 @@ impl Device {
             lanes: AtomicUsize::new(0),
             counts: Counts::default(),
             ended: watch::Sender::new(false),
+            wants: Wants::default(),
         });
         tokio::spawn(Worker::new(Arc::clone(&shared), engine).run());
         Self(shared)
@@ -232,7 +277,7 @@ impl Device {
         if busy { Arc::new(DeviceState { health: Health::Busy, ..DeviceState::clone(&state) }) } else { state }
     }
 
-    /// Tells every change of its state but for [`Health::Busy`], which shows as ready.
+    /// Tells every scan, and every change of its state but for [`Health::Busy`], which shows as ready.
     pub fn watch(&self) -> watch::Receiver<Arc<DeviceState>> {
         self.0.state.subscribe()
     }
@@ -259,6 +304,16 @@ impl Device {
         }
     }
 
+    /// Lets it be known that a person is to do something at the device, until the returned value is dropped.
+    pub fn want(&self, want: Want) -> Wanted {
+        self.0.wants.add(want)
+    }
+
+    /// What a person is to do at the device now; where it is more than one thing, the first.
+    pub fn wanted(&self) -> Option<Arc<Want>> {
+        self.0.wants.first()
+    }
+
     /// Whether a call made now would wait for an answer, rather than be refused.
     pub fn is_available(&self) -> bool {
         self.0.queue().refusal.is_none()
@@ -280,13 +335,16 @@ impl Device {
             Operation::Sign { scheme, input } => Some((*scheme, input.clone())),
             _ => None,
         };
+        let lengths = secret_lengths(key, &operation);
         let settings = &self.0.settings;
         let limit = if key.touch { settings.touch_timeout } else { settings.timeout };
         let call = Call::Operate(key.slot.clone(), operation);
         let Reply::Bytes(mut bytes) = self.request(owner, call, limit, patience).await? else {
             return Err(nonsense());
         };
-        let Some((scheme, input)) = signed else { return Ok(Outcome::Secret(bytes)) };
+        let Some((scheme, input)) = signed else {
+            return if lengths.contains(&bytes.len()) { Ok(Outcome::Secret(bytes)) } else { Err(nonsense()) };
+        };
         let lie = || DeviceError::Failed("the device's signature does not verify".to_owned());
         let signature = Signature::from_bytes(scheme, key.key_type().ok_or_else(lie)?, std::mem::take(&mut *bytes));
         let signature = signature.ok_or_else(lie)?;
@@ -308,16 +366,84 @@ impl Device {
         }
     }
 
-    /// Logs in. The caller sees to it that one login at a time is tried, and no PIN twice: when this fails with
-    /// [`Restarted`](DeviceError::Restarted) or [`Timeout`](DeviceError::Timeout), or the future is dropped, the PIN may
-    /// have been tried.
+    /// Makes a key. Once it is answered, the key is in [`state`](Self::state). When this fails with
+    /// [`Restarted`](DeviceError::Restarted) or [`Timeout`](DeviceError::Timeout), or the future is dropped, the key may
+    /// be there all the same, and a scan finds it.
+    pub async fn generate(&self, owner: u64, new: NewKey, patience: Patience) -> Result<FoundKey, DeviceError> {
+        let algorithm = new.algorithm;
+        self.made(owner, Call::Generate(new), algorithm, patience).await
+    }
+
+    /// Takes over a private key; otherwise like [`generate`](Self::generate).
+    pub async fn import(
+        &self,
+        owner: u64,
+        new: NewKey,
+        private: PrivateHalf,
+        patience: Patience,
+    ) -> Result<FoundKey, DeviceError> {
+        let algorithm = new.algorithm;
+        self.made(owner, Call::Import(new, private), algorithm, patience).await
+    }
+
+    async fn made(
+        &self,
+        owner: u64,
+        call: Call,
+        algorithm: life::Algorithm,
+        patience: Patience,
+    ) -> Result<FoundKey, DeviceError> {
+        let Reply::Key(key) = self.request(owner, call, self.0.settings.generate_timeout, patience).await? else {
+            return Err(nonsense());
+        };
+        life::check_made(&key, algorithm)?;
+        Ok(*key)
+    }
+
+    /// Calls the key in `slot` something else. Once it is answered, [`state`](Self::state) has the new label.
+    pub async fn rename(&self, owner: u64, slot: Slot, label: String, patience: Patience) -> Result<(), DeviceError> {
+        self.request(owner, Call::Rename(slot, label), self.0.settings.timeout, patience).await.map(drop)
+    }
+
+    /// Deletes the key in `slot`. Once it is answered, the key is not in [`state`](Self::state) any more.
+    pub async fn delete(&self, owner: u64, slot: Slot, patience: Patience) -> Result<(), DeviceError> {
+        self.request(owner, Call::Delete(slot), self.0.settings.timeout, patience).await.map(drop)
+    }
+
+    /// What an OpenPGP card says of itself.
+    pub async fn card_status(&self, owner: u64, patience: Patience) -> Result<CardStatus, DeviceError> {
+        match self.request(owner, Call::CardStatus, self.0.settings.timeout, patience).await? {
+            Reply::Card(status) => Ok(*status),
+            _ => Err(nonsense()),
+        }
+    }
+
+    /// Changes an OpenPGP card. Once it is answered, [`state`](Self::state) has what came of it, if the card could be
+    /// looked at. When this fails with [`Restarted`](DeviceError::Restarted) or [`Timeout`](DeviceError::Timeout), it may
+    /// have been done, and PINs may have been tried.
+    pub async fn change_card(&self, owner: u64, change: CardChange, patience: Patience) -> Result<(), DeviceError> {
+        self.request(owner, Call::ChangeCard(change), self.0.settings.generate_timeout, patience).await?;
+        let _ = self.scan().await;
+        Ok(())
+    }
+
+    /// Logs in. The caller sees to it that one login at a time is tried, and no PIN twice: when the PIN was sent and this
+    /// fails with [`Restarted`](DeviceError::Restarted) or [`Timeout`](DeviceError::Timeout), or the future is dropped,
+    /// it may have been tried.
+    pub async fn log_in(&self, pin: SecretString) -> Result<(), LoginError> {
+        let begun = Arc::new(AtomicBool::new(false));
+        let done = self.request_noting(0, Call::Unlock(pin), self.0.settings.timeout, PATIENT, &begun).await;
+        done.map(drop).map_err(|error| LoginError { error, sent: begun.load(Ordering::Relaxed) })
+    }
+
+    /// [`Device::log_in`] for whom the reason is enough.
     pub async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
-        self.request(0, Call::Unlock(pin), self.0.settings.timeout, Patience::default()).await.map(drop)
+        self.log_in(pin).await.map_err(|failed| failed.error)
     }
 
     /// Logs out.
     pub async fn lock(&self) -> Result<(), DeviceError> {
-        self.request(0, Call::Lock, self.0.settings.timeout, Patience::default()).await.map(drop)
+        self.request(0, Call::Lock, self.0.settings.timeout, PATIENT).await.map(drop)
     }
 
     /// Has the device looked at now, where it would have been later.
@@ -326,21 +452,47 @@ impl Device {
         self.0.wake.notify_one();
     }
 
-    /// Refuses everything from now on, ends the driver, and completes when nothing of it is left.
-    pub async fn end(&self) {
-        {
-            let mut queue = self.0.queue();
-            queue.ending = true;
-        }
-        self.0.refuse(&shutting_down());
+    /// Refuses everything from now on for this reason, and ends the driver: [`Device::ended`] tells when.
+    pub fn begin_end(&self, reason: DeviceError) {
+        let reason = self.0.queue().ending.get_or_insert(reason).clone();
+        self.0.refuse(&reason);
         self.0.wake.notify_one();
+    }
+
+    /// Completes when the device was told to end and nothing of its driver is left.
+    pub async fn ended(&self) {
         let _ = self.0.ended.subscribe().wait_for(|ended| *ended).await;
     }
 
+    /// Whether both are handles of one device.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Looks for keys, spending no PIN try, and returns what there is when the state has it, too.
+    pub async fn scan(&self) -> Result<Arc<Scan>, DeviceError> {
+        match self.request(0, Call::Scan, self.0.settings.open_timeout, Patience::default()).await? {
+            Reply::Scan(scan) => Ok(Arc::new(scan)),
+            _ => Err(nonsense()),
+        }
+    }
+
     async fn request(&self, owner: u64, call: Call, limit: Duration, patience: Patience) -> Result<Reply, DeviceError> {
+        self.request_noting(owner, call, limit, patience, &Arc::default()).await
+    }
+
+    /// Makes `begun` true when the call goes to the driver.
+    async fn request_noting(
+        &self,
+        owner: u64,
+        call: Call,
+        limit: Duration,
+        patience: Patience,
+        begun: &Arc<AtomicBool>,
+    ) -> Result<Reply, DeviceError> {
         let own = Instant::now() + limit;
         let deadline = patience.deadline.map_or(own, |deadline| deadline.min(own));
-        let answer = timeout_at(deadline, self.enqueue(owner, call, limit, patience.waits_for_place));
+        let answer = timeout_at(deadline, self.enqueue(owner, call, limit, patience.waits_for_place, begun));
         let answer = answer.await.unwrap_or(Err(DeviceError::Timeout));
         let counts = &self.0.counts;
         let count = |count: &AtomicU64| _ = count.fetch_add(1, Ordering::Relaxed);
@@ -356,13 +508,20 @@ impl Device {
         answer
     }
 
-    async fn enqueue(&self, owner: u64, call: Call, limit: Duration, waits: bool) -> Result<Reply, DeviceError> {
+    async fn enqueue(
+        &self,
+        owner: u64,
+        call: Call,
+        limit: Duration,
+        waits: bool,
+        begun: &Arc<AtomicBool>,
+    ) -> Result<Reply, DeviceError> {
         let shared = &*self.0;
-        let places = Arc::clone(&shared.places);
-        let place = match places.clone().try_acquire_owned() {
-            Ok(place) => place,
-            Err(_) if waits && self.is_available() => places.acquire_owned().await.map_err(|_| DeviceError::Busy)?,
-            Err(_) => return Err(self.refusal().unwrap_or(DeviceError::Busy)),
+        // Where there is no place, there is one beside the others for who waits: in its turn, not behind a flood.
+        let place = match Arc::clone(&shared.places).try_acquire_owned() {
+            _ if waits => None,
+            Ok(place) => Some(place),
+            Err(_) => Some(shared.place_of_another(owner).ok_or_else(|| self.refusal().unwrap_or(DeviceError::Busy))?),
         };
         let (reply, answer) = oneshot::channel();
         let id = shared.jobs.fetch_add(1, Ordering::Relaxed);
@@ -371,7 +530,8 @@ impl Device {
             if let Some(refusal) = &queue.refusal {
                 return Err(refusal.clone());
             }
-            queue.turns.push(owner, Job { id, call, reply, limit, _place: place });
+            let begun = Arc::clone(begun);
+            queue.turns.push(owner, Job { id, call, reply, limit, begun, place });
         }
         let _waiting = Waiting { shared, owner, id };
         shared.wake.notify_one();
@@ -379,7 +539,8 @@ impl Device {
         answer.await.unwrap_or(Err(DeviceError::Restarted))
     }
 
-    fn refusal(&self) -> Option<DeviceError> {
+    /// Why a call made now would be refused; `None` where it would wait for an answer.
+    pub fn refusal(&self) -> Option<DeviceError> {
         self.0.queue().refusal.clone()
     }
 }
@@ -390,22 +551,29 @@ impl fmt::Debug for Device {
     }
 }
 
-pub(super) fn shutting_down() -> DeviceError {
-    DeviceError::Failed("the vault is shutting down".to_owned())
-}
-
 fn nonsense() -> DeviceError {
     DeviceError::Failed("the device's answer makes no sense".to_owned())
 }
 
+/// How long the secret that an operation gives may be: all that can be told of it from outside.
+fn secret_lengths(key: &FoundKey, operation: &Operation<'_>) -> RangeInclusive<usize> {
+    match (operation, key.key_type()) {
+        (Operation::Decrypt { ciphertext, .. }, _) => 0..=ciphertext.len(),
+        (Operation::Derive { scheme: DeriveScheme::Ecdh, .. }, Some(KeyType::Ecdsa(curve))) => {
+            curve.scalar_len()..=curve.scalar_len()
+        }
+        (Operation::Derive { scheme: DeriveScheme::X25519, .. }, _) => 32..=32,
+        _ => 0..=0,
+    }
+}
+
 /// What need not be asked of a device at all.
 fn check(key: &FoundKey, operation: &Operation<'_>) -> Result<(), DeviceError> {
-    let (known, len) = match operation {
-        Operation::Sign { scheme, input } => (key.schemes.contains(scheme), input.bytes().len()),
-        Operation::Decrypt { scheme, label, ciphertext } => {
-            (key.decrypts.contains(scheme), label.len().max(ciphertext.len()))
-        }
-        Operation::Derive { scheme, peer } => (key.derives.contains(scheme), peer.len()),
+    let known = operation.is_among(&key.schemes, &key.decrypts, &key.derives);
+    let len = match operation {
+        Operation::Sign { input, .. } => input.bytes().len(),
+        Operation::Decrypt { label, ciphertext, .. } => label.len().max(ciphertext.len()),
+        Operation::Derive { peer, .. } => peer.len(),
     };
     if !known {
         return Err(DeviceError::unsupported("the device offers no such scheme with this key"));

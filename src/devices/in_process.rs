@@ -3,7 +3,10 @@
 use std::{
     future::{Future, pending},
     sync::Arc,
+    time::Duration,
 };
+
+use tokio::task::JoinSet;
 
 use super::{
     DeviceError, Driver,
@@ -39,12 +42,20 @@ impl<D: Driver> Session for Here<D> {
 
     fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
         let driver = Arc::clone(&self.0);
-        async move { call::perform(&*driver, call).await }
+        async move {
+            // A task of its own: a driver that panics must not take its caller with it, nor one that computes hold it up.
+            let mut task = JoinSet::new();
+            task.spawn(async move { call::perform(&*driver, call).await });
+            match task.join_next().await {
+                Some(Ok(result)) => result,
+                _ => Err(DeviceError::Restarted),
+            }
+        }
     }
 
     fn died(&self) -> impl Future<Output = String> + Send + 'static {
         pending()
     }
 
-    async fn end(self) {}
+    async fn end(self, _: Duration) {}
 }

@@ -5,17 +5,24 @@
 //! operation and a state, behind which a driver works in this process or in a child process of its own.
 
 pub mod call;
+pub mod card;
 pub mod compute;
 pub mod device;
 pub mod host;
 pub mod in_process;
+pub mod life;
+#[cfg(feature = "openpgp")]
+pub mod openpgp;
 pub mod operation;
+pub mod pkcs11;
+pub mod scheme;
 #[cfg(feature = "scripted")]
 pub mod scripted;
 pub mod sk;
 pub mod soft;
 pub mod turns;
 pub mod verify;
+mod want;
 mod worker;
 
 use std::{borrow::Cow, fmt, future::Future, sync::Arc};
@@ -26,7 +33,11 @@ use zeroize::Zeroizing;
 
 use crate::{public_key::KeyType, rfc4251::Reader};
 
+pub use want::{Deed, Want, Wanted};
+
+pub use card::{CardChange, CardPin, CardStatus, CardText};
 pub use device::{Counters, Device, Patience, Settings};
+pub use life::{Algorithm, CardSlot, NewKey, PrivateHalf, Touch};
 pub use operation::{DecryptScheme, DeriveScheme, Hash, Input, Operation, Outcome, Scheme, Signature};
 
 /// Encrypts a secret when the vault is locked.
@@ -38,6 +49,8 @@ pub type Open<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Zeroizing<Vec<u8>>, Devic
 pub const MAX_SLOT: usize = 256;
 /// The most keys that a scan may find on one device.
 pub const MAX_KEYS: usize = 4096;
+/// The most notes that a scan makes.
+pub const MAX_NOTES: usize = 32;
 /// The longest public key or certificate on a device, in bytes.
 pub const MAX_BLOB: usize = 16 * 1024;
 /// The longest label of a key, name or serial of a device, in bytes.
@@ -52,14 +65,21 @@ pub enum DeviceError {
     /// The device wants a PIN first: ask its holder, then ask again with it.
     #[error("a PIN is needed")]
     PinRequired,
-    /// The PIN was refused and a try is spent. Never send the same PIN again.
+    /// The device wants its PIN for each such use, given for this one: ask its holder, log in with what they give, and ask
+    /// again. A PIN that was kept is not meant.
+    #[error("the device wants its PIN for each use of this key")]
+    PinEachTime,
+    /// The PIN was refused: by the device, which spends a try, or because no PIN of it can be so short or long. Never send
+    /// the same PIN again.
     #[error("the PIN is wrong{}", tries(*.left))]
     PinWrong {
         /// The tries that are left, where the device says.
         left: Option<u8>,
     },
     /// No try is left: only the device's administrator can help, with its PUK or SO PIN.
-    #[error("the PIN is blocked; unblock it with the device's own tools")]
+    #[error(
+        "the PIN is blocked; unblock it with the device's own tools, an OpenPGP card's with `strongroom card reset-pin`"
+    )]
     PinBlocked,
     /// The touch that the device waited for did not come: ask again when somebody is there.
     #[error("the device was not touched")]
@@ -68,10 +88,10 @@ pub enum DeviceError {
     #[error("the device does not have this key any more")]
     NoSuchKey,
     /// The device is not here: plug it in and ask again.
-    #[error("the device that holds the key is not connected")]
+    #[error("the device is not connected")]
     Absent,
-    /// The key cannot do this, now or ever.
-    #[error("the key cannot do this: {0}")]
+    /// The device or the key cannot do this, now or ever.
+    #[error("this cannot be done: {0}")]
     Unsupported(Cow<'static, str>),
     /// The input is longer than the device takes: hash it first where the scheme allows.
     #[error("the input is too long for the device, which takes {max} bytes")]
@@ -79,9 +99,12 @@ pub enum DeviceError {
         /// The longest that it takes, in bytes.
         max: usize,
     },
-    /// More work is waiting than the device's queue holds, or somebody else uses the device: ask again later.
+    /// More work is waiting than the device's queue holds: ask again later.
     #[error("too much work is waiting for the device")]
     Busy,
+    /// Another program has the device for itself: end it, or ask again later.
+    #[error("another program has the device for itself; end that program, or try again when it is done")]
+    InUse,
     /// The deadline passed before there was a result.
     #[error("the device did not answer in time")]
     Timeout,
@@ -89,6 +112,9 @@ pub enum DeviceError {
     /// signature can be asked for again; a login counts as refused.
     #[error("the device's process was restarted in mid-operation")]
     Restarted,
+    /// The device was taken out of the vault, by its configuration or with the last of its keys.
+    #[error("the device was taken away")]
+    Gone,
     /// Anything else; the words are for a person.
     #[error("{0}")]
     Failed(String),
@@ -103,7 +129,7 @@ impl DeviceError {
     /// Whether another device with the same key may be asked in place of this one: never after a person or a PIN
     /// decided, nor when the outcome would be the same.
     pub fn lets_another_try(&self) -> bool {
-        matches!(self, Self::Absent | Self::Busy | Self::Restarted | Self::Failed(_))
+        matches!(self, Self::Absent | Self::Busy | Self::InUse | Self::Restarted | Self::Gone | Self::Failed(_))
     }
 }
 
@@ -114,6 +140,8 @@ fn tries(left: Option<u8>) -> String {
         None => String::new(),
     }
 }
+
+const NO_CARD: DeviceError = DeviceError::unsupported("this kind of device is no OpenPGP card");
 
 /// Code for one kind of device. It never knows whether it runs in the daemon's process, where it must not block, or in a
 /// child process, where each lane is a thread and it may.
@@ -169,7 +197,51 @@ pub trait Driver: Send + Sync + Sized + 'static {
         async { Err(DeviceError::unsupported("this kind of device gives no random bytes")) }
     }
 
-    /// Logs in. Called once with each PIN, one call at a time.
+    /// Makes a key. What it asks for is checked with what the device can; nothing of it is left out in silence.
+    /// [`PinRequired`](DeviceError::PinRequired) where the device wants its user's PIN first,
+    /// [`PinWrong`](DeviceError::PinWrong) where it refuses [`NewKey::secret`].
+    fn generate(&self, new: &NewKey) -> impl Future<Output = Result<FoundKey, DeviceError>> + Send {
+        let _ = new;
+        async { Err(DeviceError::unsupported("this kind of device makes no keys")) }
+    }
+
+    /// Takes over a private key that was made elsewhere; otherwise like [`generate`](Self::generate).
+    fn import(
+        &self,
+        new: &NewKey,
+        private: &PrivateHalf,
+    ) -> impl Future<Output = Result<FoundKey, DeviceError>> + Send {
+        let _ = (new, private);
+        async { Err(DeviceError::unsupported("this kind of device takes no keys from elsewhere")) }
+    }
+
+    /// Calls a key something else: `label` is what [`FoundKey::label`] is from now on. The key keeps its slot.
+    fn rename(&self, slot: &Slot, label: &str) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        let _ = (slot, label);
+        async { Err(DeviceError::unsupported("this kind of device keeps no names of keys")) }
+    }
+
+    /// Deletes a key for good, with its certificates.
+    fn delete(&self, slot: &Slot) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        let _ = slot;
+        async { Err(DeviceError::unsupported("this kind of device deletes no single keys")) }
+    }
+
+    /// What an OpenPGP card says of itself. Spends no PIN try.
+    fn card_status(&self) -> impl Future<Output = Result<CardStatus, DeviceError>> + Send {
+        async { Err(NO_CARD) }
+    }
+
+    /// Changes an OpenPGP card. A PIN is sent once at most, and not as the last try unless
+    /// [`card_status`](Self::card_status) told that it is the last. [`PinWrong`](DeviceError::PinWrong) and
+    /// [`PinBlocked`](DeviceError::PinBlocked) are about the PIN that was to allow it.
+    fn change_card(&self, change: &CardChange) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        let _ = change;
+        async { Err(NO_CARD) }
+    }
+
+    /// Logs in. Called once with each PIN, one call at a time. [`InUse`](DeviceError::InUse), [`Busy`](DeviceError::Busy)
+    /// and [`Unsupported`](DeviceError::Unsupported) say that the PIN was not tried: then it may be sent again.
     fn unlock(&self, pin: SecretString) -> impl Future<Output = Result<(), DeviceError>> + Send {
         drop(pin);
         async { Err(DeviceError::unsupported("this kind of device has no PIN")) }
@@ -206,6 +278,8 @@ pub struct Scan {
     pub complete: bool,
     /// How the device is.
     pub status: Status,
+    /// What people should know of the device: keys that are left out, and why. At most [`MAX_NOTES`] of [`MAX_LABEL`] bytes.
+    pub notes: Vec<String>,
 }
 
 /// A key on a device.
@@ -227,6 +301,10 @@ pub struct FoundKey {
     pub derives: Vec<DeriveScheme>,
     /// Whether each use wants a touch: it then has the deadline of a person.
     pub touch: bool,
+    /// Whether ssh is offered it, where its type is one of ssh's. Other keys are for our own messages.
+    pub ssh: bool,
+    /// What else people may want to know of it, as a fingerprint of another system: at most [`MAX_LABEL`] bytes.
+    pub note: String,
 }
 
 /// How a device is that answers.

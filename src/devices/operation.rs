@@ -45,7 +45,8 @@ impl Hash {
         }
     }
 
-    fn algorithm(self) -> &'static digest::Algorithm {
+    /// What computes it.
+    pub fn algorithm(self) -> &'static digest::Algorithm {
         match self {
             Self::Sha1 => &digest::SHA1_FOR_LEGACY_USE_ONLY,
             Self::Sha256 => &digest::SHA256,
@@ -206,6 +207,15 @@ impl Operation<'_> {
                 ciphertext: Cow::Borrowed(ciphertext),
             },
             Self::Derive { scheme, peer } => Operation::Derive { scheme: *scheme, peer: Cow::Borrowed(peer) },
+        }
+    }
+
+    /// Whether a key with these schemes does it.
+    pub fn is_among(&self, signs: &[Scheme], decrypts: &[DecryptScheme], derives: &[DeriveScheme]) -> bool {
+        match self {
+            Self::Sign { scheme, .. } => signs.contains(scheme),
+            Self::Decrypt { scheme, .. } => decrypts.contains(scheme),
+            Self::Derive { scheme, .. } => derives.contains(scheme),
         }
     }
 

@@ -7,6 +7,7 @@
 compile_error!("the feature `scripted` is for tests: no release may have it");
 
 pub mod control;
+mod keys;
 pub mod script;
 
 use std::{
@@ -15,18 +16,13 @@ use std::{
     io::{self, Write},
     process, str,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
     time::Duration,
 };
 
-use aws_lc_rs::{
-    agreement, digest,
-    signature::{Ed25519KeyPair, KeyPair},
-};
-use base64ct::{Base64Unpadded, Encoding};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, Signal, getpid, kill_process, pidfd_getfd, pidfd_open};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::time::sleep;
@@ -36,19 +32,12 @@ pub use control::{Control, Counts};
 pub use script::{Action, CallName, Crash, KeyKind, Pin, Rule, Script, ScriptKey};
 
 use super::{
-    DecryptScheme, DeriveScheme, DeviceError, Driver, FoundKey, Input, Operation, Outcome, Scan, Scheme, Slot, Status,
-    host::child::Hosted,
-    soft::{SoftKey, SoftParts},
-};
-use crate::{
-    public_key::{Curve, PublicKey},
-    rfc4251::{Reader, WireError},
-    sys::rsa::RsaIntegers,
+    DecryptScheme, DeriveScheme, DeviceError, Driver, FoundKey, Input, NewKey, Operation, Outcome, PrivateHalf, Scan,
+    Scheme, Slot, Status, host::child::Hosted,
 };
 use control::Place;
+use keys::Key;
 
-/// `mpint n, e, d, iqmp, p, q`, as `ssh-add` sends them. Made for tests, and public.
-const RSA: &str = include_str!("scripted/rsa-2048.b64");
 /// More than any frame is long, where a frame's length stands.
 const GARBAGE: [u8; 64] = [0xff; 64];
 
@@ -62,18 +51,12 @@ const TRIES: &str = "tries";
 /// The driver.
 pub struct Scripted {
     control: Arc<Control>,
-    keys: Vec<Key>,
+    keys: Mutex<Vec<Arc<Key>>>,
     locked: AtomicBool,
     /// Held while a PIN is tried: tries are counted one by one.
     login: Mutex<()>,
     /// What [`Action::Swapped`] answers with.
     last: Mutex<Option<Zeroizing<Vec<u8>>>>,
-}
-
-struct Key {
-    script: ScriptKey,
-    blob: Box<[u8]>,
-    key: SoftKey,
 }
 
 /// What is to become of a call's answer.
@@ -92,7 +75,7 @@ impl Driver for Scripted {
     async fn open(control: Arc<Control>) -> Result<Self, DeviceError> {
         let after = before(&control, CallName::Open, None).await?;
         let script = control.script();
-        let keys = script.keys.iter().map(Key::new).collect::<Result<_, _>>()?;
+        let keys = Mutex::new(keys::load(&script.keys, &control.journal()?)?);
         let locked = AtomicBool::new(script.locked);
         sleep(after.late).await;
         Ok(Self { control, keys, locked, login: Mutex::default(), last: Mutex::default() })
@@ -105,10 +88,15 @@ impl Driver for Scripted {
     async fn scan(&self) -> Result<Scan, DeviceError> {
         let after = before(&self.control, CallName::Scan, None).await?;
         let status = self.status()?;
-        let there = |key: &&Key| key.is_there(status.generation);
-        let keys: Vec<_> = self.keys.iter().filter(there).filter(|key| !(status.locked && key.script.hidden)).collect();
-        let complete = keys.len() == self.keys.iter().filter(there).count();
-        let scan = Scan { keys: keys.into_iter().map(Key::found).collect(), complete, status };
+        let (mut keys, mut complete) = (Vec::new(), true);
+        for key in self.keys().iter().filter(|key| key.is_there(status.generation)) {
+            if status.locked && key.script.hidden {
+                complete = false;
+            } else {
+                keys.push(key.found());
+            }
+        }
+        let scan = Scan { keys, complete, status, ..Scan::default() };
         sleep(after.late).await;
         Ok(scan)
     }
@@ -131,6 +119,22 @@ impl Driver for Scripted {
 
     async fn derive(&self, slot: &Slot, scheme: DeriveScheme, peer: &[u8]) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
         self.operate(CallName::Derive, slot, Operation::Derive { scheme, peer: peer.into() }).await
+    }
+
+    async fn generate(&self, new: &NewKey) -> Result<FoundKey, DeviceError> {
+        self.put(CallName::Generate, new, None).await
+    }
+
+    async fn import(&self, new: &NewKey, private: &PrivateHalf) -> Result<FoundKey, DeviceError> {
+        self.put(CallName::Import, new, Some(private)).await
+    }
+
+    async fn rename(&self, slot: &Slot, label: &str) -> Result<(), DeviceError> {
+        self.change(CallName::Rename, slot, |slot| format!("rename\t{slot}\t{}", keys::one_field(label))).await
+    }
+
+    async fn delete(&self, slot: &Slot) -> Result<(), DeviceError> {
+        self.change(CallName::Delete, slot, |slot| format!("delete\t{slot}")).await
     }
 
     async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
@@ -174,8 +178,7 @@ impl Scripted {
         let name = str::from_utf8(&slot.0).map_err(|_| DeviceError::NoSuchKey)?;
         let after = before(&self.control, call, Some(name)).await?;
         let status = self.status()?;
-        let key = self.keys.iter().find(|key| key.script.slot == name && key.is_there(status.generation));
-        let key = key.ok_or(DeviceError::NoSuchKey)?;
+        let key = self.find(name, status.generation)?;
         if status.locked {
             return Err(DeviceError::PinRequired);
         }
@@ -204,6 +207,53 @@ impl Scripted {
         }
         sleep(after.late).await;
         Ok(answer)
+    }
+
+    /// Makes a key or takes one over.
+    async fn put(&self, call: CallName, new: &NewKey, private: Option<&PrivateHalf>) -> Result<FoundKey, DeviceError> {
+        let after = before(&self.control, call, None).await?;
+        if self.status()?.locked {
+            return Err(DeviceError::PinRequired);
+        }
+        let secret = new.secret.as_ref().map(ExposeSecret::expose_secret);
+        if self.control.script().admin.as_deref().is_some_and(|admin| secret != Some(admin)) {
+            return Err(DeviceError::PinWrong { left: None });
+        }
+        let n = self.control.journal()?.lines().count();
+        self.control.record(&keys::line(new, n, private)?)?;
+        self.reload()?;
+        let found = self.keys().last().map(|key| key.found()).ok_or(DeviceError::NoSuchKey)?;
+        sleep(after.late).await;
+        Ok(found)
+    }
+
+    async fn change(&self, call: CallName, slot: &Slot, line: impl FnOnce(&str) -> String) -> Result<(), DeviceError> {
+        let name = str::from_utf8(&slot.0).map_err(|_| DeviceError::NoSuchKey)?;
+        let after = before(&self.control, call, Some(name)).await?;
+        let status = self.status()?;
+        self.find(name, status.generation)?;
+        if status.locked {
+            return Err(DeviceError::PinRequired);
+        }
+        self.control.record(&line(name))?;
+        self.reload()?;
+        sleep(after.late).await;
+        Ok(())
+    }
+
+    fn reload(&self) -> Result<(), DeviceError> {
+        *self.keys() = keys::load(&self.control.script().keys, &self.control.journal()?)?;
+        Ok(())
+    }
+
+    fn keys(&self) -> MutexGuard<'_, Vec<Arc<Key>>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, slot: &str, generation: u64) -> Result<Arc<Key>, DeviceError> {
+        let keys = self.keys();
+        let key = keys.iter().find(|key| key.script.slot == slot && key.is_there(generation));
+        key.cloned().ok_or(DeviceError::NoSuchKey)
     }
 
     fn status(&self) -> Result<Status, DeviceError> {
@@ -302,61 +352,6 @@ fn write_garbage() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-impl Key {
-    fn new(script: &ScriptKey) -> Result<Self, DeviceError> {
-        let broken = || DeviceError::Failed(format!("the key in slot {:?} cannot be made", script.slot));
-        let seed = [format!("{:?}", script.kind).as_bytes(), &script.seed.to_be_bytes()].concat();
-        let secret = digest::digest(&digest::SHA256, &seed);
-        let secret = secret.as_ref();
-        let (blob, key) = match script.kind {
-            KeyKind::Ed25519 => {
-                let pair = Ed25519KeyPair::from_seed_unchecked(secret).map_err(|_| broken())?;
-                let public = pair.public_key().as_ref();
-                let parts = SoftParts::Ed25519 { seed: secret, public };
-                (PublicKey::Ed25519(public).to_blob(), SoftKey::new(&parts)?)
-            }
-            KeyKind::P256 => {
-                let private = agreement::PrivateKey::from_private_key(&agreement::ECDH_P256, secret);
-                let public = private.map_err(|_| broken())?.compute_public_key().map_err(|_| broken())?;
-                let (curve, point) = (Curve::P256, public.as_ref());
-                let parts = SoftParts::Ecdsa { curve, scalar: secret, point };
-                (PublicKey::Ecdsa(curve, point).to_blob(), SoftKey::new(&parts)?)
-            }
-            KeyKind::Rsa => {
-                let text: String = RSA.split_whitespace().collect();
-                let integers = Base64Unpadded::decode_vec(&text).map_err(|_| broken())?;
-                let parts = rsa(&integers).map_err(|_| broken())?;
-                let blob = PublicKey::Rsa { e: parts.e, n: parts.n }.to_blob();
-                (blob, SoftKey::new(&SoftParts::Rsa(parts))?)
-            }
-        };
-        Ok(Self { script: script.clone(), blob: blob.into(), key })
-    }
-
-    fn is_there(&self, generation: u64) -> bool {
-        self.script.appears <= generation && self.script.vanishes.is_none_or(|gone| generation < gone)
-    }
-
-    fn found(&self) -> FoundKey {
-        FoundKey {
-            slot: Slot(self.script.slot.as_bytes().into()),
-            blob: self.blob.clone(),
-            certificates: Vec::new(),
-            label: self.script.label.clone(),
-            schemes: self.key.schemes().to_vec(),
-            decrypts: self.key.decrypts().to_vec(),
-            derives: self.key.derives().to_vec(),
-            touch: self.script.touch,
-        }
-    }
-}
-
-fn rsa(integers: &[u8]) -> Result<RsaIntegers<'_>, WireError> {
-    let mut reader = Reader::new(integers);
-    let mut next = || reader.mpint();
-    Ok(RsaIntegers { n: next()?, e: next()?, d: next()?, iqmp: next()?, p: next()?, q: next()? })
 }
 
 #[cfg(test)]

@@ -114,6 +114,16 @@ impl SkKey {
         })
     }
 
+    /// The bytes that its sender decided the number of, apart from its blob.
+    pub fn held(&self) -> usize {
+        let handle = match &*self.key_handle.read().unwrap_or_else(PoisonError::into_inner) {
+            KeyHandle::Open(handle) => handle.len(),
+            KeyHandle::Sealed(sealed) => sealed.len(),
+        };
+        // The blob of its own and the application in it, once more.
+        self.blob.len() + self.application.len() + self.reserved.len() + self.provider.len() + handle
+    }
+
     /// Uses this program in place of `$SSH_SK_HELPER` and the system's `ssh-sk-helper`.
     pub fn with_helper(mut self, helper: impl Into<PathBuf>) -> Self {
         self.helper = Some(helper.into());

@@ -26,7 +26,13 @@ impl<T> Turns<T> {
 
     /// Takes the job whose turn it is.
     pub fn pop(&mut self) -> Option<T> {
-        let (owner, mut jobs) = self.owners.pop_front()?;
+        self.pop_if(|_| true)
+    }
+
+    /// Takes the first job that `may` go, of the first owner whose next one may.
+    pub fn pop_if(&mut self, may: impl Fn(&T) -> bool) -> Option<T> {
+        let at = self.owners.iter().position(|(_, jobs)| jobs.front().is_some_and(&may))?;
+        let (owner, mut jobs) = self.owners.remove(at)?;
         let job = jobs.pop_front()?;
         self.len -= 1;
         if !jobs.is_empty() {
@@ -43,6 +49,18 @@ impl<T> Turns<T> {
         if jobs.is_empty() {
             self.owners.remove(at);
         }
+        self.len -= 1;
+        Some(job)
+    }
+
+    /// Of the jobs that `which` picks, takes the last of the owner with the most, if that has two more than `owner` at least.
+    pub fn crowd_out(&mut self, owner: u64, which: impl Fn(&T) -> bool) -> Option<T> {
+        let count = |jobs: &VecDeque<T>| jobs.iter().filter(|job| which(job)).count();
+        let own = self.owners.iter().find(|(other, _)| *other == owner).map_or(0, |(_, jobs)| count(jobs));
+        let counts = self.owners.iter().map(|(_, jobs)| count(jobs)).enumerate();
+        let (at, _) = counts.max_by_key(|(_, count)| *count).filter(|(_, most)| *most >= own + 2)?;
+        let jobs = &mut self.owners[at].1;
+        let job = jobs.iter().rposition(which).and_then(|n| jobs.remove(n))?;
         self.len -= 1;
         Some(job)
     }
@@ -82,6 +100,30 @@ mod tests {
         let order: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
         assert_eq!(order, ["a1", "b1", "c1", "a2", "b2", "a3"]);
         assert!(turns.is_empty());
+    }
+
+    #[test]
+    fn who_may_not_go_lets_others_go_first_and_keeps_its_order() {
+        let mut turns = filled();
+        assert_eq!(turns.pop_if(|job| !job.starts_with('a')), Some("b1"));
+        assert_eq!(turns.pop_if(|job| *job == "a2"), None, "behind one that waits");
+        let order: Vec<_> = std::iter::from_fn(|| turns.pop_if(|_| true)).collect();
+        assert_eq!(order, ["a1", "c1", "b2", "a2", "a3"]);
+        assert_eq!(turns.len(), 0);
+    }
+
+    #[test]
+    fn who_has_the_most_makes_room_for_who_has_less() {
+        let mut turns = filled();
+        assert_eq!(turns.crowd_out(2, |_| true), None, "two beside three");
+        assert_eq!(turns.crowd_out(1, |_| true), None, "for itself");
+        assert_eq!(turns.crowd_out(3, |job| *job != "a3"), None, "two beside one");
+        assert_eq!(turns.crowd_out(3, |_| true), Some("a3"));
+        assert_eq!(turns.crowd_out(4, |_| false), None);
+        assert_eq!(turns.crowd_out(4, |job| job.starts_with('b')), Some("b2"));
+        assert_eq!(turns.len(), 4);
+        let order: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
+        assert_eq!(order, ["a1", "b1", "c1", "a2"]);
     }
 
     #[test]

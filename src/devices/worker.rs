@@ -3,8 +3,10 @@
 
 use std::{
     collections::BTreeMap,
-    future::pending,
+    future::{Future, pending, poll_fn},
+    pin::Pin,
     sync::{Arc, atomic::Ordering},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -16,9 +18,9 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    DeviceError, DeviceState, Health, Status,
+    DeviceError, DeviceState, FoundKey, Health, Scan, Slot, Status,
     call::{Call, Engine, Reply, Session},
-    device::{Shared, shutting_down},
+    device::Shared,
 };
 
 /// The pause before a driver is started again after its second death in a row; doubled each time…
@@ -29,6 +31,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const MAX_DEATHS: u32 = 5;
 /// A driver that has lived this long died for the first time.
 const STABLE: Duration = Duration::from_secs(10);
+/// How long a driver may take to let go of its device. pcscd resets the card of a process that is killed, under whoever else
+/// has it open.
+const PARTING: Duration = Duration::from_millis(500);
 /// How long a killed driver may take to be gone. A process in an uninterruptible sleep is left to itself.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -66,7 +71,7 @@ impl<E: Engine> Worker<E> {
             };
             self.pause(pause).await;
         }
-        self.shared.refuse(&shutting_down());
+        self.shared.refuse(&self.shared.end_reason());
         self.shared.ended.send_replace(true);
     }
 
@@ -80,7 +85,7 @@ impl<E: Engine> Worker<E> {
             match session.call(Call::Scan).await {
                 Ok(Reply::Scan(scan)) => Ok((session, scan)),
                 result => {
-                    session.end().await;
+                    session.end(PARTING).await;
                     Err(result.err().unwrap_or_else(|| DeviceError::Failed("a scan was answered with nonsense".into())))
                 }
             }
@@ -125,6 +130,10 @@ impl<E: Engine> Worker<E> {
                 self.restarting();
                 back_off(self.deaths).max(FIRST_PAUSE)
             }
+            DeviceError::InUse => {
+                self.in_use();
+                self.shared.settings.probe
+            }
             error => {
                 self.failures = self.failures.saturating_add(1);
                 self.failed(&error.to_string());
@@ -145,6 +154,14 @@ impl<E: Engine> Worker<E> {
             warn!(device = self.shared.name, "failed, tried again in the background: {why}");
         }
         self.shared.refuse(&DeviceError::Failed(format!("the device has failed: {why}")));
+    }
+
+    fn in_use(&self) {
+        let why = DeviceError::InUse.to_string();
+        if self.publish(|state| state.health = Health::Failed(why.clone())) {
+            info!(device = self.shared.name, "{why}");
+        }
+        self.shared.refuse(&DeviceError::InUse);
     }
 
     fn restarting(&self) {
@@ -183,7 +200,9 @@ impl<E: Engine> Worker<E> {
         if let Ended::Died(_) = ended {
             self.restarting();
         }
-        if timeout(END_PATIENCE, session.end()).await.is_err() {
+        // One that hangs has had its time.
+        let parting = if matches!(ended, Ended::Died(_)) { Duration::ZERO } else { PARTING };
+        if timeout(END_PATIENCE, session.end(parting)).await.is_err() {
             warn!(device = self.shared.name, "the driver's process does not go away; it is left to itself");
         }
         match ended {
@@ -238,7 +257,7 @@ struct Lanes<'a, S> {
     shared: &'a Shared,
     session: &'a S,
     lanes: usize,
-    running: JoinSet<(u64, Result<Reply, DeviceError>)>,
+    running: Running,
     /// In the order of their start.
     active: BTreeMap<u64, Active>,
     started: u64,
@@ -248,29 +267,77 @@ struct Lanes<'a, S> {
     probe_at: Instant,
     /// Whether keys may have changed.
     rescan: bool,
+    /// Whether we have changed some: what is published follows the change, and a scan comes when the device is idle, so
+    /// that a key can be made, used and deleted without one in between.
+    changed: bool,
 }
 
 struct Active {
     task: Task,
+    kind: Kind,
     /// From then on it is stalled.
     limit: Instant,
     stalled: bool,
+    /// Whether keys have changed since it began: a scan may tell of what was there before.
+    outdated: bool,
 }
 
 /// What a call is for.
 enum Task {
     /// Somebody's.
-    Job { reply: oneshot::Sender<Result<Reply, DeviceError>>, login: Login },
+    Job { reply: oneshot::Sender<Result<Reply, DeviceError>>, effect: Effect },
     /// Our own, to see how the device is.
     Probe,
 }
 
-/// What a successful call says about whether the device is locked.
-#[derive(Clone, Copy)]
-enum Login {
-    In,
-    Out,
-    Same,
+/// What a call has to do with the keys of a device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// It looks for all of them.
+    Look,
+    /// It writes some.
+    Change,
+    /// It uses one, or none.
+    Use,
+}
+
+impl Kind {
+    fn of(call: &Call) -> Self {
+        match call {
+            Call::Scan | Call::Health | Call::CardStatus => Self::Look,
+            Call::Generate(_) | Call::Import(..) | Call::Rename(..) | Call::Delete(_) | Call::ChangeCard(_) => {
+                Self::Change
+            }
+            Call::Unlock(_) | Call::Lock | Call::Random(_) | Call::Operate(..) => Self::Use,
+        }
+    }
+}
+
+/// What a successful call changes on the device.
+enum Effect {
+    LogsIn,
+    LogsOut,
+    /// The answer is a key that is there from now on.
+    Makes,
+    Renames(Slot, String),
+    Deletes(Slot),
+    /// Anything about it may be different from now on.
+    ChangesCard,
+    None,
+}
+
+impl Effect {
+    fn of(call: &Call) -> Self {
+        match call {
+            Call::Unlock(_) => Self::LogsIn,
+            Call::Lock => Self::LogsOut,
+            Call::Generate(_) | Call::Import(..) => Self::Makes,
+            Call::Rename(slot, label) => Self::Renames(slot.clone(), label.clone()),
+            Call::Delete(slot) => Self::Deletes(slot.clone()),
+            Call::ChangeCard(_) => Self::ChangesCard,
+            Call::Scan | Call::Health | Call::Random(_) | Call::Operate(..) | Call::CardStatus => Self::None,
+        }
+    }
 }
 
 impl<'a, S: Session> Lanes<'a, S> {
@@ -279,12 +346,13 @@ impl<'a, S: Session> Lanes<'a, S> {
             shared,
             session,
             lanes,
-            running: JoinSet::new(),
+            running: Running::default(),
             active: BTreeMap::new(),
             started: 0,
             drain_until: None,
             probe_at: Instant::now() + shared.settings.probe,
             rescan: false,
+            changed: false,
         }
     }
 
@@ -302,14 +370,15 @@ impl<'a, S: Session> Lanes<'a, S> {
             let probe = self.active.is_empty().then_some(self.probe_at);
             tokio::select! {
                 biased;
-                Some(done) = self.running.join_next() => {
-                    if let Some(ended) = self.done(done) {
+                (id, result) = self.running.next() => {
+                    if let Some(ended) = self.done(id, result) {
                         break ended;
                     }
                 }
                 why = &mut died => break Ended::Died(why),
                 () = at(limit) => self.stall(),
                 () = at(self.drain_until) => break Ended::Died("an operation did not end".to_owned()),
+                () = at(probe), if self.changed => self.rescan = true,
                 () = at(probe) => self.start(Call::Health, Task::Probe, self.shared.settings.timeout),
                 () = self.shared.wake.notified() => {
                     if self.shared.take_probe() {
@@ -318,22 +387,31 @@ impl<'a, S: Session> Lanes<'a, S> {
                 }
             }
         };
-        self.give_up(if let Ended::Told = ended { shutting_down() } else { DeviceError::Restarted });
+        self.give_up(match ended {
+            Ended::Told => self.shared.end_reason(),
+            // Whichever call noticed it first.
+            Ended::Absent => DeviceError::Absent,
+            Ended::Died(_) => DeviceError::Restarted,
+        });
         ended
     }
 
     /// Gives free lanes work. A stalled lane keeps the others from beginning anything.
     fn fill(&mut self) {
         while self.drain_until.is_none() && self.active.len() < self.lanes {
-            if std::mem::take(&mut self.rescan) {
+            let underway = |kind| self.active.values().any(|active| active.kind == kind);
+            // A token's keys are not changed while it is looked at: what is half written is taken for gone.
+            let (may_look, may_change) = (!underway(Kind::Change), !underway(Kind::Look) && !self.rescan);
+            if self.rescan && may_look {
+                (self.rescan, self.changed) = (false, false);
                 self.start(Call::Scan, Task::Probe, self.shared.settings.open_timeout);
-            } else if let Some(job) = self.shared.next_job() {
-                let login = match job.call {
-                    Call::Unlock(_) => Login::In,
-                    Call::Lock => Login::Out,
-                    _ => Login::Same,
-                };
-                self.start(job.call, Task::Job { reply: job.reply, login }, job.limit);
+            } else if let Some(job) = self.shared.next_job(|call| match Kind::of(call) {
+                Kind::Look => may_look,
+                Kind::Change => may_change,
+                Kind::Use => true,
+            }) {
+                let effect = Effect::of(&job.call);
+                self.start(job.call, Task::Job { reply: job.reply, effect }, job.limit);
             } else {
                 break;
             }
@@ -344,9 +422,9 @@ impl<'a, S: Session> Lanes<'a, S> {
     fn start(&mut self, call: Call, task: Task, limit: Duration) {
         let id = self.started;
         self.started += 1;
-        let call = self.session.call(call);
-        self.running.spawn(async move { (id, call.await) });
-        self.active.insert(id, Active { task, limit: Instant::now() + limit, stalled: false });
+        let kind = Kind::of(&call);
+        self.running.0.push((id, Box::pin(self.session.call(call))));
+        self.active.insert(id, Active { task, kind, limit: Instant::now() + limit, stalled: false, outdated: false });
     }
 
     fn stall(&mut self) {
@@ -360,21 +438,31 @@ impl<'a, S: Session> Lanes<'a, S> {
     }
 
     /// Passes on an answer. `Some` when the session is over.
-    fn done(&mut self, done: Result<(u64, Result<Reply, DeviceError>), tokio::task::JoinError>) -> Option<Ended> {
-        let Ok((id, result)) = done else { return Some(Ended::Died("the driver panicked".to_owned())) };
+    fn done(&mut self, id: u64, result: Result<Reply, DeviceError>) -> Option<Ended> {
         let active = self.active.remove(&id)?;
-        self.probe_at = Instant::now() + self.shared.settings.probe;
+        self.probe_at = Instant::now();
+        let is_login = matches!(active.task, Task::Job { effect: Effect::LogsIn, .. });
+        // After a login that failed, people shall be told at once what tries are left.
+        if !is_login || result.is_ok() {
+            self.probe_at += self.shared.settings.probe;
+        }
         let ended = match &result {
             Err(DeviceError::Absent) => Some(Ended::Absent),
             Err(DeviceError::Restarted) => Some(Ended::Died("the driver died".to_owned())),
             _ => None,
         };
+        // What it saw may be gone; the next one tells.
+        let outdated = active.outdated && matches!(result, Ok(Reply::Scan(_)));
+        self.rescan |= outdated;
         match active.task {
-            Task::Job { reply, login } => {
-                self.learn(&result, login);
+            Task::Job { reply, effect } => {
+                if !outdated {
+                    self.learn(&result, effect);
+                }
                 // Whoever asked may have given up.
                 let _ = reply.send(result);
             }
+            Task::Probe if outdated => {}
             Task::Probe => self.probed(result),
         }
         // A stalled lane came back before it was ended: its driver is as good as new.
@@ -386,7 +474,7 @@ impl<'a, S: Session> Lanes<'a, S> {
     }
 
     /// What an answer to somebody else's call says about the device.
-    fn learn(&mut self, result: &Result<Reply, DeviceError>, login: Login) {
+    fn learn(&mut self, result: &Result<Reply, DeviceError>, effect: Effect) {
         let status = |change: &dyn Fn(&mut Status)| {
             publish(self.shared, |state| {
                 if let Some(status) = &mut state.status {
@@ -394,30 +482,68 @@ impl<'a, S: Session> Lanes<'a, S> {
                 }
             });
         };
-        match (result, login) {
-            (Ok(_), Login::In) => {
+        match (result, effect) {
+            (Ok(Reply::Key(key)), Effect::Makes) => self.keys_changed(|keys| {
+                keys.retain(|other| other.slot != key.slot);
+                keys.push(FoundKey::clone(key));
+            }),
+            (Ok(_), Effect::Renames(slot, label)) => self.keys_changed(|keys| {
+                if let Some(key) = keys.iter_mut().find(|key| key.slot == slot) {
+                    key.label = label;
+                }
+            }),
+            (Ok(_), Effect::Deletes(slot)) => self.keys_changed(|keys| keys.retain(|key| key.slot != slot)),
+            (Ok(_), Effect::ChangesCard) => {
+                self.keys_changed(|_| {});
+                self.rescan = true;
+            }
+            (Ok(_), Effect::LogsIn) => {
                 status(&|status| status.locked = false);
                 // Some tokens show their keys, and what tries are left, only now.
                 self.rescan = true;
             }
-            (Ok(_), Login::Out) => status(&|status| status.locked = true),
+            (Ok(_), Effect::LogsOut) => status(&|status| status.locked = true),
+            // An administrator's: it says nothing of the user's.
+            (Err(DeviceError::PinWrong { .. } | DeviceError::PinBlocked), Effect::Makes | Effect::ChangesCard) => {}
             (Err(DeviceError::PinRequired), _) => status(&|status| status.locked = true),
             (Err(DeviceError::PinWrong { left }), _) => status(&|status| status.tries_left = *left),
             (Err(DeviceError::PinBlocked), _) => status(&|status| status.tries_left = Some(0)),
             (Err(DeviceError::NoSuchKey), _) => self.rescan = true,
+            (Ok(Reply::Scan(scan)), _) => self.found(scan.clone()),
             _ => {}
         }
     }
 
+    fn found(&self, scan: Scan) {
+        let (status, scan) = (Some(scan.status.clone()), Some(Arc::new(scan)));
+        // Told even where it found what was known: who waits for a scan learns that there was one.
+        self.shared.state.send_modify(|state| {
+            *state = Arc::new(DeviceState { health: state.health.clone(), status, scan });
+        });
+    }
+
+    /// Has the published keys follow a change that was made through us, before its caller hears of it. What a scan makes
+    /// of it comes later; one that began before may have missed it.
+    fn keys_changed(&mut self, change: impl FnOnce(&mut Vec<FoundKey>)) {
+        publish(self.shared, |state| {
+            if let Some(scan) = &state.scan {
+                let mut changed = Scan::clone(scan);
+                change(&mut changed.keys);
+                state.scan = Some(Arc::new(changed));
+            }
+        });
+        for active in self.active.values_mut() {
+            active.outdated = true;
+        }
+        self.changed = true;
+    }
+
     fn probed(&mut self, result: Result<Reply, DeviceError>) {
         match result {
-            Ok(Reply::Scan(scan)) => {
-                let scan = Arc::new(scan);
-                publish(self.shared, |state| (state.status, state.scan) = (Some(scan.status.clone()), Some(scan)));
-            }
+            Ok(Reply::Scan(scan)) => self.found(scan),
             Ok(Reply::Status(status)) => {
                 let known = self.shared.state.borrow().status.as_ref().map(|known| known.generation);
-                self.rescan = known != Some(status.generation);
+                self.rescan |= known != Some(status.generation);
                 publish(self.shared, |state| state.status = Some(status));
             }
             Ok(_) => debug!(device = self.shared.name, "a probe was answered with nonsense"),
@@ -428,8 +554,8 @@ impl<'a, S: Session> Lanes<'a, S> {
     /// Answers for the calls that the driver takes with it.
     fn give_up(&mut self, why: DeviceError) {
         // Answers that have come already count.
-        while let Some(done) = self.running.try_join_next() {
-            let _ = self.done(done);
+        while let Poll::Ready((id, result)) = self.running.poll_next(&mut Context::from_waker(Waker::noop())) {
+            let _ = self.done(id, result);
         }
         for active in std::mem::take(&mut self.active).into_values() {
             if let Task::Job { reply, .. } = active.task {
@@ -438,6 +564,30 @@ impl<'a, S: Session> Lanes<'a, S> {
             }
         }
         self.shared.active.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Calls on their way: they only wait for answers, so that the worker polls them itself, without a task for each.
+#[derive(Default)]
+struct Running(Vec<(u64, Underway)>);
+
+type Answer = Result<Reply, DeviceError>;
+type Underway = Pin<Box<dyn Future<Output = Answer> + Send>>;
+
+impl Running {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<(u64, Answer)> {
+        for (at, (id, call)) in self.0.iter_mut().enumerate() {
+            if let Poll::Ready(result) = call.as_mut().poll(cx) {
+                let id = *id;
+                drop(self.0.remove(at));
+                return Poll::Ready((id, result));
+            }
+        }
+        Poll::Pending
+    }
+
+    async fn next(&mut self) -> (u64, Answer) {
+        poll_fn(|cx| self.poll_next(cx)).await
     }
 }
 

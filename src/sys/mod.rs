@@ -4,6 +4,7 @@ pub mod activation;
 pub mod clock;
 pub mod memory;
 pub mod peer;
+pub mod pkcs11;
 pub mod process;
 pub mod rsa;
 pub mod socket_file;

@@ -1,6 +1,27 @@
-//! Who is at the other end of a socket, beyond what SO_PEERCRED says.
+//! Who is at the other end of a socket, and what SO_PEERCRED does not say of it.
 
-use std::{fs, path::PathBuf};
+#![allow(unsafe_code)]
+
+use std::{
+    fs,
+    mem::size_of,
+    os::fd::{AsFd, AsRawFd},
+    path::PathBuf,
+};
+
+/// The process that made the other end listen or connect, by SO_PEERCRED; `None` where it is in no namespace that is seen
+/// from here, which rustix's own call takes for impossible.
+pub fn process(socket: impl AsFd) -> Option<i32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: the socket is open while it is borrowed, and the system writes at most `len` bytes to where `peer` is: plain
+    // integers, for which every value is one.
+    let failed = unsafe {
+        let at = (&raw mut peer).cast();
+        libc::getsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, at, &raw mut len)
+    };
+    (failed == 0 && peer.pid > 0).then_some(peer.pid)
+}
 
 /// The program that a process runs, where it can be read. The process may end and its number be taken by another, so
 /// this is good for telling a person, and for refusing, never for allowing.

@@ -221,6 +221,17 @@ impl RsaKey {
         Self(Rsa(rsa)).checked()
     }
 
+    /// A new key with so many bits and the public exponent 65537: the pairwise test included, some seconds' work for 4,096.
+    pub fn generate(bits: u32) -> Option<Self> {
+        let e = Bn::from_bytes(&[1, 0, 1])?;
+        // SAFETY: no preconditions.
+        let key = Self(Rsa(NonNull::new(unsafe { lc::RSA_new() })?));
+        // SAFETY: the key is live and ours alone; `e` is a live number, which aws-lc copies; no callback.
+        let made =
+            unsafe { lc::RSA_generate_key_ex(key.0.as_ptr(), bits.cast_signed(), e.0.as_ptr(), ptr::null_mut()) == 1 };
+        made.then_some(key)
+    }
+
     /// Reads what [`RsaKey::to_der`] wrote: an RSAPrivateKey of RFC 8017, A.1.2.
     pub fn from_der(der: &[u8]) -> Option<Self> {
         // SAFETY: pointer and length describe `der`.
@@ -372,13 +383,58 @@ impl RsaKey {
         })
     }
 
+    /// Gives the six integers to `take`, as magnitudes without leading zeros. They are wiped afterwards.
+    pub fn with_integers<T>(&self, take: impl FnOnce(&RsaIntegers<'_>) -> T) -> Option<T> {
+        let rsa = self.0.as_ptr();
+        // SAFETY: the key is live; it owns what these return, for as long as it lives.
+        let integers = unsafe {
+            [
+                lc::RSA_get0_n(rsa),
+                lc::RSA_get0_e(rsa),
+                lc::RSA_get0_d(rsa),
+                lc::RSA_get0_iqmp(rsa),
+                lc::RSA_get0_p(rsa),
+                lc::RSA_get0_q(rsa),
+            ]
+        };
+        let size = self.size();
+        let mut out = Zeroizing::new(vec![0; 6 * size]);
+        for (integer, out) in integers.into_iter().zip(out.chunks_mut(size)) {
+            // SAFETY: a number of the live key, or null, which is not asked for its digits; `out` is described by pointer
+            // and length.
+            let done = !integer.is_null() && unsafe { lc::BN_bn2bin_padded(out.as_mut_ptr(), out.len(), integer) } == 1;
+            if !done {
+                return None;
+            }
+        }
+        let mut parts = out.chunks(size).map(|bytes| {
+            let zeros = bytes.iter().take_while(|&&byte| byte == 0).count();
+            &bytes[zeros..]
+        });
+        let mut next = || parts.next().unwrap_or_default();
+        Some(take(&RsaIntegers { n: next(), e: next(), d: next(), iqmp: next(), p: next(), q: next() }))
+    }
+
     /// The private exponent, as long as the modulus.
     pub fn private_exponent(&self) -> Option<Zeroizing<Vec<u8>>> {
+        // SAFETY: the key is live; it owns what this returns, for as long as it lives.
+        self.padded(unsafe { lc::RSA_get0_d(self.0.as_ptr()) })
+    }
+
+    /// The private exponent modulo `p` - 1, and modulo `q` - 1, each as long as the modulus.
+    pub fn crt_exponents(&self) -> Option<[Zeroizing<Vec<u8>>; 2]> {
+        // SAFETY: as above.
+        let (dmp1, dmq1) = unsafe { (lc::RSA_get0_dmp1(self.0.as_ptr()), lc::RSA_get0_dmq1(self.0.as_ptr())) };
+        Some([self.padded(dmp1)?, self.padded(dmq1)?])
+    }
+
+    /// A number of this key, or null, as long as the modulus.
+    fn padded(&self, integer: *const lc::BIGNUM) -> Option<Zeroizing<Vec<u8>>> {
         let mut out = Zeroizing::new(vec![0; self.size()]);
-        // SAFETY: the exponent belongs to the live key, and every key that was checked has one; `out` is described by
-        // pointer and length.
-        let done = unsafe { lc::BN_bn2bin_padded(out.as_mut_ptr(), out.len(), lc::RSA_get0_d(self.0.as_ptr())) };
-        (done == 1).then_some(out)
+        // SAFETY: a number of the live key, or null, which is not asked for its digits; `out` is described by pointer and
+        // length.
+        let done = !integer.is_null() && unsafe { lc::BN_bn2bin_padded(out.as_mut_ptr(), out.len(), integer) } == 1;
+        done.then_some(out)
     }
 }
 

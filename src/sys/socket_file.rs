@@ -1,12 +1,19 @@
 //! A listening socket's file: whose it is, whether anybody still listens on it, and its removal.
 
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+use super::peer;
+
+/// How long a dead agent's descriptors may live on in a process that it was starting.
+const AFTERLIFE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// A socket file that is removed when this value goes, with its directory if that was made for it.
 #[derive(Debug)]
@@ -61,11 +68,27 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 
 /// Whether a connection to the socket is refused. Everything else, a full backlog above all, may be a live agent.
 pub fn nobody_listens(path: &Path) -> bool {
-    let attempt = || {
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        connect(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?, &SocketAddrUnix::new(path)?)
-    };
-    attempt() == Err(Errno::CONNREFUSED)
+    connected(path).err() == Some(Errno::CONNREFUSED)
+}
+
+/// The same, for a socket whose agent may have died this moment: a process that it was just starting has its descriptors
+/// until it runs its own program, and is given that time. Blocks for it, up to a second.
+pub fn is_left_over(path: &Path) -> bool {
+    if let Ok(socket) = connected(path) {
+        let is_gone = |pid| fs::read_link(format!("/proc/{pid}/exe")).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+        if peer::process(&socket).is_some_and(is_gone) {
+            // Nobody accepts the connection; it ends with the last who could.
+            let _ = poll(&mut [PollFd::new(&socket, PollFlags::empty())], Some(&AFTERLIFE));
+        }
+    }
+    nobody_listens(path)
+}
+
+fn connected(path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
 }
 
 #[cfg(test)]

@@ -1,8 +1,7 @@
 //! Locking the vault as a whole (`ssh-add -x`) and unlocking it. Knows the keyring and the seal.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
@@ -14,27 +13,13 @@ use super::{
 };
 use crate::devices::DeviceError;
 
-/// A wrong unlock delays the next by this much more than the one before…
-const UNLOCK_DELAY: Duration = Duration::from_millis(100);
-/// …up to this.
-const UNLOCK_DELAY_MAX: Duration = Duration::from_secs(10);
-/// How long an unlock may wait for its turn.
-const UNLOCK_PATIENCE: Duration = Duration::from_secs(60);
-
 impl Vault {
     /// Locks: from the first moment nothing is signed and open prompts close; when it returns, no plaintext key is in
     /// memory.
     pub async fn lock(self: Arc<Self>, caller: Arc<Caller>, password: Zeroizing<Vec<u8>>) -> Result<(), Refusal> {
-        if !policy::may_lock(&caller) {
-            return Err(Refusal::NotForForwarded);
-        }
-        if password.is_empty() {
-            return Err(Refusal::EmptyPassword);
-        }
-        {
-            let mut state = self.write();
-            state.check_open()?;
-            state.seal = Seal::Changing;
+        let note = self.audit.note(&caller, "lock");
+        if let Err(refusal) = self.begin_lock(&caller, &password) {
+            return note.end(Err(refusal));
         }
         self.locks.notify_waiters();
         self.forget_pins();
@@ -43,10 +28,10 @@ impl Vault {
         let done = vault.compute.apart("lock", move || {
             let sealed = Lock::new(&password, self.lock_cost).and_then(|(lock, key)| self.seal_all(key).map(|()| lock));
             let mut state = self.write();
-            match sealed {
+            note.end(match sealed {
                 Ok(lock) => {
                     state.seal = Seal::Sealed(Arc::new(lock));
-                    state.failures = 0;
+                    self.unlocks.forgive();
                     info!("locked");
                     Ok(())
                 }
@@ -57,9 +42,22 @@ impl Vault {
                     state.seal = Seal::Open;
                     Err(Refusal::from(e))
                 }
-            }
+            })
         });
         done.await.unwrap_or_else(|| Err(vault.give_up()))
+    }
+
+    fn begin_lock(&self, caller: &Caller, password: &[u8]) -> Result<(), Refusal> {
+        if !policy::may_lock(caller) {
+            return Err(Refusal::NotForForwarded);
+        }
+        if password.is_empty() {
+            return Err(Refusal::EmptyPassword);
+        }
+        let mut state = self.write();
+        state.check_open()?;
+        state.seal = Seal::Changing;
+        Ok(())
     }
 
     /// After a lock or unlock that died half-way: which keys are sealed under what is not known any more.
@@ -87,36 +85,34 @@ impl Vault {
             match key {
                 PrivateKey::Soft(soft) => soft.seal(&mut seal)?,
                 PrivateKey::Sk(sk) => sk.seal(&mut seal)?,
-                PrivateKey::OnDevice(..) => {}
+                PrivateKey::OnDevice(..) | PrivateKey::Stored(_) => {}
             }
         }
-        Ok(())
+        // Stored keys are sealed as they are, once nothing opens them any more.
+        let sealed = self.access.seal(&mut seal);
+        self.close_stored();
+        sealed
     }
 
     /// Unlocks. Attempts take turns, and a wrong one makes itself and the next wait; nothing else does.
     pub async fn unlock(self: Arc<Self>, caller: Arc<Caller>, password: Zeroizing<Vec<u8>>) -> Result<(), Refusal> {
+        let note = self.audit.admit(&caller, "unlock")?;
         if !policy::may_lock(&caller) {
-            return Err(Refusal::NotForForwarded);
+            return note.end(Err(Refusal::NotForForwarded));
         }
-        let turn = timeout_at(Instant::now() + UNLOCK_PATIENCE, Arc::clone(&self.unlock_turn).acquire_owned());
-        let turn = turn.await.map_err(|_| Refusal::Timeout)?.map_err(|_| Refusal::Locked)?;
-        // The delay is the vault's, not the caller's, and the turn ends with the attempt: hanging up shortens neither.
-        let next_unlock = self.read().next_unlock;
-        if let Some(at) = next_unlock {
-            sleep_until(at).await;
-        }
+        let turn = match self.unlocks.turn().await {
+            Ok(turn) => turn,
+            Err(refusal) => return note.end(Err(refusal)),
+        };
         let vault = Arc::clone(&self);
         let opened = self.compute.apart("unlock", move || {
-            let result = vault.try_unlock(&password);
+            let result = note.end(vault.try_unlock(&password));
             drop(turn);
             result
         });
         match opened.await.unwrap_or_else(|| Err(self.give_up())) {
             Err(Refusal::WrongPassword) => {
-                let at = self.read().next_unlock;
-                if let Some(at) = at {
-                    sleep_until(at).await;
-                }
+                self.unlocks.pause().await;
                 Err(Refusal::WrongPassword)
             }
             result => result,
@@ -129,11 +125,8 @@ impl Vault {
             _ => return Err(Refusal::NotLocked),
         };
         let Some(key) = lock.open(password)? else {
-            let mut state = self.write();
-            state.failures = state.failures.saturating_add(1);
-            let delay = UNLOCK_DELAY.saturating_mul(state.failures).min(UNLOCK_DELAY_MAX);
-            state.next_unlock = Some(Instant::now() + delay);
-            warn!(failures = state.failures, "a wrong unlock password");
+            let failures = self.unlocks.count_wrong();
+            warn!(failures, "a wrong unlock password");
             return Err(Refusal::WrongPassword);
         };
         self.write().seal = Seal::Changing;
@@ -142,17 +135,19 @@ impl Vault {
             let opened = match &private {
                 PrivateKey::Soft(soft) => soft.unseal(&mut open),
                 PrivateKey::Sk(sk) => sk.unseal(&mut open),
-                PrivateKey::OnDevice(..) => Ok(()),
+                PrivateKey::OnDevice(..) | PrivateKey::Stored(_) => Ok(()),
             };
             if let Err(e) = opened {
                 warn!(key = %identity.name(), "the key did not survive the lock and is removed: {e}");
                 self.write().ring.remove_places_of(&identity.blob, in_memory);
             }
         }
+        if let Err(e) = self.access.unseal(&mut |sealed: &[u8]| key.open(sealed)) {
+            warn!("the store did not survive the lock, and is locked: {e}");
+        }
         let mut state = self.write();
         state.seal = Seal::Open;
-        state.failures = 0;
-        state.next_unlock = None;
+        self.unlocks.forgive();
         info!("unlocked");
         Ok(())
     }
@@ -181,14 +176,13 @@ mod tests {
         let (vault, caller) = (vault(), Arc::new(Caller::default()));
         Arc::clone(&vault).lock(Arc::clone(&caller), password("right")).await.unwrap();
         let attempt = tokio::spawn(Arc::clone(&vault).unlock(Arc::clone(&caller), password("wrong")));
-        while vault.unlock_turn.available_permits() > 0 {
+        while vault.unlocks.free().available_permits() > 0 {
             tokio::task::yield_now().await;
         }
         attempt.abort();
         // The turn comes when the attempt is over and counted, not when its caller has gone.
-        let turn = vault.unlock_turn.acquire().await.unwrap();
-        assert_eq!(vault.read().failures, 1);
-        assert!(vault.read().next_unlock.is_some());
+        let turn = vault.unlocks.free().acquire().await.unwrap();
+        assert_eq!(vault.unlocks.count(), (1, true));
         drop(turn);
         assert_eq!(Arc::clone(&vault).unlock(caller, password("right")).await, Ok(()));
     }

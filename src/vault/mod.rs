@@ -1,32 +1,46 @@
 //! The vault: the only entrance to keys. Every use of a key goes through [`Vault::operate`]. Knows identities, policy and
 //! prompts; never a socket or a byte of the wire.
 
+pub mod audit;
+pub mod backup;
 pub mod budget;
+mod card;
+pub mod carried;
+mod check;
 pub mod destination;
+mod guess;
 pub mod key;
 pub mod keyring;
+mod life;
 mod lock;
 pub mod pattern;
+mod person;
 pub mod pins;
 pub mod policy;
+pub mod provider;
 pub mod purpose;
+pub mod reason;
 pub mod registry;
 pub mod seal;
 mod sign;
 pub mod store;
+pub mod stored;
+pub mod transfer;
 pub mod why;
 
+pub use audit::MEMORY;
+pub use check::Checked;
+pub use life::Move;
 pub use sign::{Answer, Asked, Use};
+pub use stored::STORE;
 
 use std::{
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::{Duration, SystemTime},
 };
 
-use tokio::{
-    sync::{Notify, Semaphore},
-    time::{Instant, sleep, timeout},
-};
+use rustix::process::geteuid;
+use tokio::{sync::Notify, time::sleep};
 use tracing::{debug, info};
 
 use crate::{
@@ -35,21 +49,26 @@ use crate::{
     public_key::KeyType,
     sys::clock,
 };
+use audit::Audit;
 use budget::Budget;
 use destination::Route;
+use guess::Guesses;
 use key::{Caller, Grants, Identity, Place, PrivateKey};
 use keyring::{Full, Keyring, Listing};
 use pins::Pins;
 use policy::{Refusal, Rules};
+use provider::Providers;
 use registry::Member;
 use seal::Lock;
-use store::Store;
+use store::{KeyId, Store};
+use stored::{Access, AutoLock};
 use why::Why;
 
-/// How long the file system may take to resolve a path.
-const PATH_PATIENCE: Duration = Duration::from_secs(5);
 /// The expiry clock looks at least this often: timers stand still while the machine sleeps, lifetimes do not.
 const EXPIRY_TICK: Duration = Duration::from_secs(30);
+
+/// How long a try at a passphrase of the store takes unless somebody says otherwise.
+const SLOT_TIME: Duration = Duration::from_millis(500);
 
 /// How the vault is set up. Everything in it can be replaced while it runs.
 #[derive(Clone, Debug)]
@@ -62,8 +81,12 @@ pub struct Settings {
     pub allowed_providers: String,
     /// Whether a forwarded connection may name a provider.
     pub allow_remote_providers: bool,
+    /// How long a PKCS#11 provider may take to say what its tokens hold.
+    pub provider_patience: Duration,
     /// How long a request may wait for a person to confirm, touch or type a PIN.
     pub person_deadline: Duration,
+    /// When the encrypted store is locked by itself.
+    pub auto_lock: AutoLock,
 }
 
 impl Default for Settings {
@@ -74,7 +97,9 @@ impl Default for Settings {
             default_lifetime: None,
             allowed_providers: String::new(),
             allow_remote_providers: false,
+            provider_patience: Duration::from_secs(30),
             person_deadline: Duration::from_secs(60),
+            auto_lock: AutoLock::default(),
         }
     }
 }
@@ -85,16 +110,27 @@ pub struct Parts {
     pub prompter: Prompter,
     /// Keeps what must survive a restart.
     pub store: Store,
+    /// Writes down what is done with keys.
+    pub audit: Audit,
     /// Does slow arithmetic.
     pub compute: Compute,
     /// What a guess at the lock password costs.
     pub lock_cost: seal::Cost,
+    /// How long a try at a new passphrase of the store is to take.
+    pub slot_time: Duration,
 }
 
 impl Parts {
-    /// As a daemon has them: threads for arithmetic, and a lock that is expensive to guess.
+    /// As a daemon has them: threads for arithmetic, and a lock that is expensive to guess. Nothing is written down.
     pub fn new(prompter: Prompter, store: Store) -> Self {
-        Self { prompter, store, compute: Compute::new(), lock_cost: seal::Cost::default() }
+        Self {
+            prompter,
+            store,
+            audit: Audit::off(),
+            compute: Compute::new(),
+            lock_cost: seal::Cost::default(),
+            slot_time: SLOT_TIME,
+        }
     }
 }
 
@@ -121,29 +157,35 @@ pub struct Vault {
     compute: Compute,
     prompter: Prompter,
     store: Store,
+    audit: Audit,
     lock_cost: seal::Cost,
+    slot_time: Duration,
+    /// Whose keys these are.
+    owner: u32,
     /// Tells of each lock, and of the end of the vault, whoever waits for a device or a person: in the order of their
     /// waiting, so that simulations replay.
     locks: Arc<Notify>,
     /// Wakes the expiry clock when a lifetime begins.
     lifetimes: Notify,
     pins: Pins,
+    providers: Providers,
     why: Why,
     tickets: Arc<Budget>,
-    /// One unlock attempt at a time.
-    unlock_turn: Arc<Semaphore>,
+    /// Attempts at the lock password.
+    unlocks: Guesses,
+    /// What opens the encrypted store.
+    access: Access,
 }
 
 #[derive(Default)]
 struct State {
     ring: Keyring,
     devices: Vec<Member>,
+    /// Keys of the state file that could not be listed when the daemon started.
+    unlisted: Vec<KeyId>,
     seal: Seal,
     /// The daemon is about to end: everything is refused.
     ending: bool,
-    failures: u32,
-    /// No unlock is tried before this.
-    next_unlock: Option<Instant>,
 }
 
 impl State {
@@ -169,20 +211,25 @@ enum Seal {
 impl Vault {
     /// An empty vault.
     pub fn new(settings: Settings, parts: Parts) -> Arc<Self> {
-        let Parts { prompter, store, compute, lock_cost } = parts;
+        let Parts { prompter, store, audit, compute, lock_cost, slot_time } = parts;
         Arc::new(Self {
             state: RwLock::default(),
             settings: RwLock::new(Arc::new(settings)),
             compute,
             prompter,
             store,
+            audit,
             lock_cost,
+            slot_time,
+            owner: geteuid().as_raw(),
             locks: Arc::default(),
             lifetimes: Notify::new(),
             pins: Pins::default(),
+            providers: Providers::default(),
             why: Why::default(),
             tickets: Arc::default(),
-            unlock_turn: Arc::new(Semaphore::new(1)),
+            unlocks: Guesses::default(),
+            access: Access::default(),
         })
     }
 
@@ -194,6 +241,12 @@ impl Vault {
     /// Puts other settings in force. Keys keep the constraints they came with.
     pub fn configure(&self, settings: Settings) {
         *self.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(settings);
+        self.access.settings_changed();
+    }
+
+    /// The audit log.
+    pub fn audit(&self) -> &Audit {
+        &self.audit
     }
 
     /// The last refusals.
@@ -216,10 +269,22 @@ impl Vault {
 
     /// The open keyring, for a change.
     fn change<T>(&self, change: impl FnOnce(&mut Keyring) -> Result<T, Refusal>) -> Result<T, Refusal> {
+        drop(self.read_current());
         let mut state = self.write();
         state.check_open()?;
-        log_expired(&state.ring.expire(clock::now()));
         change(&mut state.ring)
+    }
+
+    /// Removes what has expired.
+    fn drop_expired(&self) {
+        let expired = self.write().ring.expire(clock::now());
+        for identity in &expired {
+            debug!(key = %identity.name(), "expired");
+            self.audit.act("expire").blob(&identity.blob).end(Ok(())).ok();
+        }
+        if expired.iter().flat_map(|identity| &identity.places).any(|place| place.key.device().is_some()) {
+            self.end_unused();
+        }
     }
 
     fn find(&self, caller: &Caller, blob: &[u8]) -> Result<Arc<Identity>, Refusal> {
@@ -227,6 +292,15 @@ impl Vault {
         state.check_open()?;
         let identity = state.ring.find(blob).filter(|identity| policy::is_shown(identity, caller));
         identity.cloned().ok_or(Refusal::NoSuchKey)
+    }
+
+    /// The same, for our own messages: these list a key under its plain blob, even one that is here with certificates only.
+    fn find_key(&self, caller: &Caller, blob: &[u8]) -> Result<Arc<Identity>, Refusal> {
+        let state = self.read_current();
+        state.check_open()?;
+        let plain = state.ring.find(blob).into_iter();
+        let mut found = plain.chain(state.ring.certified(blob)).filter(|identity| policy::is_shown(identity, caller));
+        found.next().cloned().ok_or(Refusal::NoSuchKey)
     }
 
     /// The state, with nothing in it that has expired.
@@ -237,14 +311,15 @@ impl Vault {
             return state;
         }
         drop(state);
-        log_expired(&self.write().ring.expire(clock::now()));
+        self.drop_expired();
         self.read()
     }
 
-    /// Whether the vault still holds this very identity.
-    fn check_same(&self, caller: &Caller, identity: &Arc<Identity>) -> Result<(), Refusal> {
+    /// The identity as the vault holds it now, if its private halves and their conditions are still the same.
+    fn check_same(&self, caller: &Caller, identity: &Arc<Identity>) -> Result<Arc<Identity>, Refusal> {
         let held = self.find(caller, &identity.blob)?;
-        if Arc::ptr_eq(identity, &held) { Ok(()) } else { Err(Refusal::NoSuchKey) }
+        let known = |place: &Place| identity.places.iter().any(|old| old.is_same(place));
+        if held.places.iter().all(known) { Ok(held) } else { Err(Refusal::NoSuchKey) }
     }
 
     /// What this caller may see, in the order of addition. A locked vault shows nothing.
@@ -274,9 +349,12 @@ impl Vault {
                 expires: lifetime.map(|lifetime| clock::now() + lifetime),
                 confirm: candidate.confirm,
                 destinations: candidate.destinations,
+                ..key::Constraints::default()
             },
             grants: Grants::NONE,
             rank: 0,
+            added: true,
+            name: "".into(),
         };
         let (blob, key_type) = (candidate.blob, candidate.key_type);
         let route = Route::new(caller, unix_now());
@@ -299,6 +377,7 @@ impl Vault {
         self.write().ending = true;
         self.locks.notify_waiters();
         self.forget_pins();
+        self.lock_store();
     }
 
     /// Whether a soft key may be added at all now: asked before its parts are parsed.
@@ -306,38 +385,7 @@ impl Vault {
         self.read().check_open()
     }
 
-    /// Whether a provider library may be loaded for this caller; returns its real path. The file system may hang where
-    /// a path leads, so that is looked at elsewhere and not for long.
-    pub async fn approve_provider(&self, caller: &Caller, provider: &str) -> Result<String, Refusal> {
-        self.check_remote_provider(caller)?;
-        let refused = |why: &dyn std::fmt::Display| {
-            Refusal::Provider(format!("{}: {why}", policy::harmless(provider.as_bytes())))
-        };
-        let real = match timeout(PATH_PATIENCE, tokio::fs::canonicalize(provider)).await {
-            Ok(real) => real.map_err(|e| refused(&e))?,
-            Err(_) => return Err(refused(&"the file system does not answer")),
-        };
-        let real = real.to_str().ok_or_else(|| refused(&"its path is not UTF-8"))?;
-        let settings = self.settings();
-        if !policy::provider_allowed(real, &settings.allowed_providers) {
-            let allowed = &settings.allowed_providers;
-            let why =
-                format!("not among the allowed paths ({allowed}); `ssh-agent -P` or `allowed_providers` names others");
-            return Err(refused(&why));
-        }
-        Ok(real.to_owned())
-    }
-
-    /// Whether the caller may name provider libraries at all.
-    pub fn check_remote_provider(&self, caller: &Caller) -> Result<(), Refusal> {
-        self.check_open()?;
-        if caller.bind_attempted && !self.settings().allow_remote_providers {
-            return Err(Refusal::NotForForwarded);
-        }
-        Ok(())
-    }
-
-    /// Removes one identity from memory. A key on a configured device stays.
+    /// Removes one identity that came by `ssh-add`. A key on a configured device stays.
     pub fn remove(&self, caller: &Caller, blob: &[u8]) -> Result<(), Refusal> {
         let route = Route::new(caller, unix_now());
         let removed = self.change(|ring| {
@@ -345,43 +393,49 @@ impl Vault {
             if !policy::may_change(&identity, &route) {
                 return Err(Refusal::NoSuchKey);
             }
-            if ring.remove_places_of(blob, in_memory) == 0 {
+            if ring.remove_places_of(blob, |place| place.added) == 0 {
+                if identity.is_stored() {
+                    return Err(Refusal::InStore);
+                }
                 let device = identity.places.iter().find_map(|place| place.key.device()).unwrap_or_default();
                 return Err(Refusal::OnDevice(device.to_owned()));
             }
             Ok(identity)
         })?;
         info!(key = %removed.name(), "removed");
+        self.end_unused();
         Ok(())
     }
 
-    /// Removes all identities from memory that the caller's door shows, whatever their constraints. Keys on configured
-    /// devices stay.
+    /// Removes all identities that came by `ssh-add` and that the caller's door shows, whatever their constraints. Keys on
+    /// configured devices stay.
     pub fn remove_all(&self, caller: &Caller) -> Result<(), Refusal> {
         let count = self.change(|ring| {
-            Ok(ring.remove_places(|identity, place| in_memory(place) && policy::is_shown(identity, caller)))
+            Ok(ring.remove_places(|identity, place| place.added && policy::is_shown(identity, caller)))
         })?;
+        self.end_unused();
         info!(count, "removed all keys");
         Ok(())
     }
 
-    /// Removes all secrets even while locked: what SIGUSR1 asks for. Keys on devices stay listed.
+    /// Removes all secrets, and all keys that came by `ssh-add`, even while locked: what SIGUSR1 asks for. Keys on
+    /// configured devices stay listed.
     pub fn wipe(&self) {
         self.forget_pins();
-        let count = self.write().ring.remove_places(|_, place| in_memory(place));
+        self.lock_store();
+        let count = self.write().ring.remove_places(|_, place| place.added);
+        self.end_unused();
         if count > 0 {
             info!(count, "removed all keys");
+            self.audit.act("wipe").count(count).end(Ok(())).ok();
         }
     }
 
     /// Removes keys when their time has come, locked or not. Never returns.
     pub async fn expire(&self) {
         loop {
-            let next = {
-                let mut state = self.write();
-                log_expired(&state.ring.expire(clock::now()));
-                state.ring.next_expiry()
-            };
+            self.drop_expired();
+            let next = self.read().ring.next_expiry();
             let wait = next.map(|at| at.saturating_sub(clock::now()).min(EXPIRY_TICK));
             tokio::select! {
                 () = async { match wait { Some(wait) => sleep(wait).await, None => std::future::pending().await } } => {}
@@ -391,7 +445,7 @@ impl Vault {
     }
 }
 
-/// Whether the private half came by `ssh-add`, and goes with the process.
+/// Whether the private half is in this process, or is a handle that is.
 fn in_memory(place: &Place) -> bool {
     place.key.device().is_none()
 }
@@ -399,12 +453,6 @@ fn in_memory(place: &Place) -> bool {
 /// Seconds since 1970, for the validity of certificates.
 fn unix_now() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-fn log_expired(identities: &[Arc<Identity>]) {
-    for identity in identities {
-        debug!(key = %identity.name(), "expired");
-    }
 }
 
 /// Makes a soft key of its parts.

@@ -11,18 +11,25 @@ use std::{
 };
 
 use secrecy::{ExposeSecret, SecretString};
-use tokio::{sync::broadcast, task::spawn_blocking, time::timeout};
+use tokio::{
+    sync::broadcast,
+    task::{JoinSet, spawn_blocking},
+    time::{sleep, timeout},
+};
 use tracing::{info, warn};
 use zeroize::Zeroizing;
 
 use super::{
     Vault,
+    card::marks_of,
     key::Caller,
     policy::{self, Refusal},
-    sign::identified,
     store::MarkError,
 };
-use crate::devices::{Device, DeviceError, DeviceState, Health, Status};
+use crate::{
+    devices::{CardPin, Device, DeviceError, DeviceState, Health, Status, device::LoginError},
+    sys::clock,
+};
 
 /// The longest PIN, in bytes.
 const MAX_PIN: usize = 1024;
@@ -41,6 +48,24 @@ pub enum PinSource {
     Credential(String),
 }
 
+/// Which PIN a login is to send.
+pub(super) enum WantedPin {
+    /// What the token accepted before, or else what its source gives.
+    Any,
+    /// What its source gives now: a person, where there is no other, is asked for each use.
+    GivenNow,
+    /// This one, which a person has just given.
+    This(SecretString),
+}
+
+impl WantedPin {
+    /// This; what is left wants no PIN of long ago either, and has none.
+    fn take(&mut self) -> Self {
+        let left = if matches!(self, Self::GivenNow) { Self::GivenNow } else { Self::Any };
+        std::mem::replace(self, left)
+    }
+}
+
 /// Logins under way and PINs that were accepted, by device.
 #[derive(Default)]
 pub(super) struct Pins(Mutex<BTreeMap<String, Entry>>);
@@ -53,6 +78,10 @@ struct Entry {
     /// The PIN that the token with this serial last accepted: the device is logged in to again with it when its driver
     /// was restarted.
     accepted: Option<(String, SecretString)>,
+    /// How many were accepted so far.
+    logins: u64,
+    /// How long one is kept; `None`: until the token goes or somebody locks it or the vault.
+    lifetime: Option<Duration>,
 }
 
 /// Those who wait are told in the order of their waiting, so that simulations replay.
@@ -76,9 +105,15 @@ impl Pins {
 }
 
 impl Vault {
-    /// Says where the PIN of a device comes from.
-    pub fn set_pin_source(&self, device: &Device, source: PinSource) {
-        self.pins.with(device, |entry| entry.source = source);
+    /// Says where the PIN of a device comes from, and how long an accepted one is kept: `None` for as long as the token is
+    /// there and nobody locks it or the vault.
+    pub fn set_pin_source(&self, device: &Device, source: PinSource, lifetime: Option<Duration>) {
+        self.pins.with(device, |entry| (entry.source, entry.lifetime) = (source, lifetime));
+    }
+
+    /// Wipes what is known of a device that goes.
+    pub(super) fn drop_pins_of(&self, device: &Device) {
+        self.pins.entries().remove(device.name());
     }
 
     /// `prompt`, `file` or `credential`.
@@ -90,6 +125,11 @@ impl Vault {
         })
     }
 
+    /// Wipes the PIN that a device accepted: it is to have another.
+    pub(super) fn forget_accepted_pin(&self, device: &Device) {
+        self.pins.with(device, |entry| entry.accepted = None);
+    }
+
     /// Wipes the PIN of a device and has it ask for it again.
     pub async fn lock_device(&self, device: &Device) -> Result<(), Refusal> {
         self.pins.with(device, |entry| entry.accepted = None);
@@ -97,15 +137,30 @@ impl Vault {
     }
 
     /// Wipes the PINs of these devices, and allows those that were refused or whose outcome is not known to be sent again.
+    /// [`Absent`](DeviceError::Absent) for one that has never said which token it has: its marks are not known by its name.
     pub async fn forget_pins_of(&self, devices: &[Device]) -> Result<(), Refusal> {
         for device in devices {
             self.pins.with(device, |entry| entry.accepted = None);
-            let serial = device.state().status.as_ref().map(|status| status.serial.clone()).unwrap_or_default();
-            self.store.forget_pins(&serial).await.map_err(|error| Refusal::NoPin(error.to_string()))?;
-            // A device that is away has nothing to forget.
-            let _ = device.lock().await;
         }
-        Ok(())
+        let mut result = Ok(());
+        for device in devices {
+            let forgotten = match &device.state().status {
+                Some(status) => {
+                    let mut forgotten = Ok(());
+                    for pin in CardPin::ALL {
+                        forgotten = forgotten.and(self.store.forget_pins(&marks_of(&status.serial, *pin)).await);
+                    }
+                    forgotten.map_err(|error| Refusal::NoPin(error.to_string()))
+                }
+                None => Err(DeviceError::Absent.into()),
+            };
+            result = result.and(forgotten);
+        }
+        // A device that is away has nothing to forget, and one that hangs holds up no other.
+        let mut locking: JoinSet<_> =
+            devices.iter().cloned().map(|device| async move { device.lock().await }).collect();
+        while locking.join_next().await.is_some() {}
+        result
     }
 
     /// Wipes all PINs and has the devices ask for them again.
@@ -125,8 +180,13 @@ impl Vault {
 
     /// Logs in to a device, or waits for the login that is under way: a hundred callers make one prompt. Dropping the
     /// future gives up; when nobody waits any more, an open prompt closes, but a PIN that was sent runs its course.
-    pub(super) async fn login(self: &Arc<Self>, device: &Device, caller: &Arc<Caller>) -> Result<(), Refusal> {
-        self.join_login(device, caller, None).await
+    pub(super) async fn login(
+        self: &Arc<Self>,
+        device: &Device,
+        caller: &Arc<Caller>,
+        wanted: WantedPin,
+    ) -> Result<(), Refusal> {
+        self.join_login(device, caller, wanted).await
     }
 
     /// Logs in to a device with a PIN that a person has just given.
@@ -137,28 +197,65 @@ impl Vault {
         pin: SecretString,
     ) -> Result<(), Refusal> {
         self.check_open()?;
-        self.join_login(device, caller, Some(pin)).await
+        self.join_login(device, caller, WantedPin::This(pin)).await
     }
 
     async fn join_login(
         self: &Arc<Self>,
         device: &Device,
         caller: &Arc<Caller>,
-        pin: Option<SecretString>,
+        wanted: WantedPin,
     ) -> Result<(), Refusal> {
-        let mut outcome = self.pins.with(device, |entry| match (&entry.login, &pin) {
-            (Some(login), None) => Ok(login.subscribe()),
+        let mut outcome = self.pins.with(device, |entry| match (&entry.login, &wanted) {
             // Its PIN may be another one than the one that is being tried.
-            (Some(_), Some(_)) => Err(Refusal::from(DeviceError::Busy)),
+            (Some(_), WantedPin::This(_)) => Err(Refusal::from(DeviceError::Busy)),
+            (Some(login), _) => Ok(login.subscribe()),
             (None, _) => {
                 let login = Arc::new(Outcome::new(1));
                 let outcome = login.subscribe();
                 entry.login = Some(Arc::clone(&login));
-                tokio::spawn(Arc::clone(self).log_in(device.clone(), Arc::clone(caller), pin, login));
+                tokio::spawn(Arc::clone(self).log_in(device.clone(), Arc::clone(caller), wanted, login));
                 Ok(outcome)
             }
         })?;
         outcome.recv().await.unwrap_or(Err(Refusal::Timeout))
+    }
+
+    /// Locks a device when its PIN has been kept for long enough, unless it was logged in to again.
+    async fn lock_later(self: Arc<Self>, device: Device, login: u64, lifetime: Duration) {
+        let until = clock::now() + lifetime;
+        // Timers stand still while the machine sleeps; a PIN's time does not.
+        while let Some(left) = until.checked_sub(clock::now()).filter(|left| !left.is_zero()) {
+            tokio::select! {
+                () = sleep(left.min(super::EXPIRY_TICK)) => {}
+                () = device.ended() => return,
+            }
+        }
+        let is_last = self.pins.with(&device, |entry| entry.logins == login && entry.accepted.is_some());
+        if is_last {
+            info!(device = device.name(), "its PIN was kept for long enough");
+            let _ = self.lock_device(&device).await;
+        }
+    }
+
+    /// Takes note that a device has refused what it had accepted before: nobody sends it again by itself.
+    pub(super) async fn accepted_pin_refused(&self, device: &Device) {
+        let Some((serial, pin)) = self.pins.with(device, |entry| entry.accepted.take()) else { return };
+        warn!(device = device.name(), "it does not take its PIN any more");
+        let marked = match self.store.begin(&serial, &pin, true).await {
+            Ok(attempt) => attempt.refused().await.map_err(|error| error.to_string()),
+            // It is marked already.
+            Err(MarkError::Refused | MarkError::Pending) => Ok(()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = marked {
+            warn!(device = device.name(), "that could not be written down: {error}");
+        }
+    }
+
+    /// Wipes the PIN of a device that has gone.
+    pub(super) fn forget_absent(&self, device: &Device) {
+        self.pins.with(device, |entry| entry.accepted = None);
     }
 
     /// The login itself: a task of its own, so that a caller that hangs up leaves no PIN half tried.
@@ -166,7 +263,7 @@ impl Vault {
         self: Arc<Self>,
         device: Device,
         caller: Arc<Caller>,
-        mut given: Option<SecretString>,
+        mut wanted: WantedPin,
         outcome: Arc<Outcome>,
     ) {
         let mut locks = pin!(self.locks.notified());
@@ -174,7 +271,7 @@ impl Vault {
             tokio::select! {
                 biased;
                 () = &mut locks => break Err(self.check_open().err().unwrap_or(Refusal::Locked)),
-                candidate = self.candidate(&device, &caller, given.take()) => break candidate,
+                candidate = self.candidate(&device, &caller, wanted.take()) => break candidate,
                 () = outcome.closed() => {}
             }
             let nobody_came_back = self.pins.with(&device, |entry| {
@@ -189,30 +286,30 @@ impl Vault {
             }
         };
         let result = match (candidate, self.check_open()) {
-            (Ok(candidate), Ok(())) => self.try_pin(&device, candidate).await,
+            (Ok(candidate), Ok(())) => self.try_pin(&device, &caller, candidate).await,
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
         self.pins.with(&device, |entry| entry.login = None);
         let _ = outcome.send(result);
     }
 
-    /// The PIN to try: what was given, else what the token accepted before, else what the configuration says.
-    async fn candidate(
-        &self,
-        device: &Device,
-        caller: &Arc<Caller>,
-        given: Option<SecretString>,
-    ) -> Result<Candidate, Refusal> {
+    /// The PIN to try: what was given, else what the token accepted before if that is wanted, else what the configuration
+    /// says.
+    async fn candidate(&self, device: &Device, caller: &Arc<Caller>, wanted: WantedPin) -> Result<Candidate, Refusal> {
+        // A lock that came before this login was waited for.
+        self.check_open()?;
         let status = present(device).await?;
         let candidate = |pin, typed| Candidate { pin, serial: status.serial.clone(), typed };
         if status.tries_left == Some(0) {
             return Err(DeviceError::PinBlocked.into());
         }
-        if let Some(pin) = given {
-            return Ok(candidate(pin, true));
-        }
+        let may_be_kept = match wanted {
+            WantedPin::This(pin) => return Ok(candidate(pin, true)),
+            WantedPin::GivenNow => false,
+            WantedPin::Any => true,
+        };
         let (source, accepted) = self.pins.with(device, |entry| {
-            let accepted = entry.accepted.as_ref().filter(|(serial, _)| *serial == status.serial);
+            let accepted = entry.accepted.as_ref().filter(|(serial, _)| may_be_kept && *serial == status.serial);
             (entry.source.clone(), accepted.map(|(_, pin)| pin.clone()))
         });
         let alone = accepted.is_some() || source != PinSource::Prompt;
@@ -226,7 +323,8 @@ impl Vault {
         let pin = match (accepted, source) {
             (Some(pin), _) => pin,
             (None, PinSource::Prompt) => {
-                let question = policy::device_pin_question(device, &status, &identified(caller));
+                caller.program();
+                let question = policy::device_pin_question(device, &status, caller, !may_be_kept);
                 let pin = self.prompter.pin(caller.uid, &question).await?;
                 return Ok(candidate(pin, true));
             }
@@ -236,8 +334,14 @@ impl Vault {
         Ok(candidate(pin, false))
     }
 
+    /// Sends a PIN, and writes down that it was.
+    async fn try_pin(self: &Arc<Self>, device: &Device, caller: &Caller, candidate: Candidate) -> Result<(), Refusal> {
+        let note = self.audit.admit(caller, "login")?.device(device.name());
+        note.end(self.send_pin(device, candidate).await)
+    }
+
     /// Sends a PIN, once. Unless the device says that it is right, it is never sent again by itself.
-    async fn try_pin(&self, device: &Device, candidate: Candidate) -> Result<(), Refusal> {
+    async fn send_pin(self: &Arc<Self>, device: &Device, candidate: Candidate) -> Result<(), Refusal> {
         let Candidate { pin, serial, typed } = candidate;
         // While somebody typed, another token may have been put in.
         if present(device).await?.serial != serial {
@@ -250,7 +354,11 @@ impl Vault {
             Err(error) => return Err(Refusal::NoPin(error.to_string())),
         };
         let mut locked = pin!(self.locks.notified());
-        match device.unlock(pin.clone()).await {
+        let result = device
+            .log_in(pin.clone())
+            .await
+            .map_err(|failed| LoginError { sent: failed.sent && !was_not_tried(&failed.error), error: failed.error });
+        match result {
             Ok(()) => {
                 if let Err(error) = attempt.accepted().await {
                     warn!(device = device.name(), "the PIN was right, but that could not be written down: {error}");
@@ -261,15 +369,27 @@ impl Vault {
                     let keep = !locked.as_mut().enable() && self.check_open().is_ok();
                     if keep {
                         entry.accepted = Some((serial, pin));
+                        entry.logins += 1;
                     }
-                    keep
+                    keep.then_some((entry.logins, entry.lifetime))
                 });
-                if !kept {
-                    let _ = device.lock().await;
+                match kept {
+                    None => _ = device.lock().await,
+                    Some((_, None)) => {}
+                    Some((login, Some(lifetime))) => {
+                        tokio::spawn(Arc::clone(self).lock_later(device.clone(), login, lifetime));
+                    }
                 }
                 Ok(())
             }
-            Err(error) => {
+            Err(LoginError { error, sent: false }) => {
+                warn!(device = device.name(), "there was no login, and the PIN was not tried: {error}");
+                if let Err(error) = attempt.withdrawn().await {
+                    warn!(device = device.name(), "the PIN stays marked as uncertain: {error}");
+                }
+                Err(error.into())
+            }
+            Err(LoginError { error, sent: true }) => {
                 warn!(device = device.name(), "the login failed: {error}");
                 self.pins.with(device, |entry| entry.accepted = None);
                 // What else went wrong leaves open whether a try was spent: the mark stays.
@@ -284,9 +404,14 @@ impl Vault {
     }
 }
 
+/// Whether a driver that answers a login so has not tried the PIN.
+fn was_not_tried(error: &DeviceError) -> bool {
+    matches!(error, DeviceError::InUse | DeviceError::Busy | DeviceError::Unsupported(_))
+}
+
 /// How the token is that a PIN would go to. A device that is being opened may hold another one than before: PINs belong to
 /// serials, so none is chosen or sent until it has said which it has.
-async fn present(device: &Device) -> Result<Status, DeviceError> {
+pub(super) async fn present(device: &Device) -> Result<Status, DeviceError> {
     let mut states = device.watch();
     let settled = |state: &Arc<DeviceState>| {
         matches!(state.health, Health::Ready | Health::Busy | Health::Absent | Health::Failed(_))
@@ -341,8 +466,11 @@ mod tests {
     use crate::{
         devices::{Driver, Input, Scan, Scheme, Settings, Slot, compute::Compute, in_process::InProcess},
         prompt::{self, Prompter},
-        vault::{Parts, registry::Terms, seal::Cost, store::Store},
+        vault::{Parts, audit::Audit, registry::Terms, seal::Cost, store::Store},
     };
+
+    /// At this PIN the token belongs to another program.
+    const IN_USE: &str = "in use";
 
     /// A token that takes every PIN when it is told to.
     struct Token(Arc<Gate>);
@@ -367,14 +495,17 @@ mod tests {
         }
 
         async fn scan(&self) -> Result<Scan, DeviceError> {
-            Ok(Scan { keys: Vec::new(), complete: true, status: self.health().await? })
+            Ok(Scan { complete: true, status: self.health().await?, ..Scan::default() })
         }
 
         async fn sign(&self, _: &Slot, _: Scheme, _: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
             Err(DeviceError::NoSuchKey)
         }
 
-        async fn unlock(&self, _: SecretString) -> Result<(), DeviceError> {
+        async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
+            if pin.expose_secret() == IN_USE {
+                return Err(DeviceError::InUse);
+            }
             self.0.asked.notify_one();
             self.0.answer.notified().await;
             Ok(())
@@ -390,20 +521,31 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn a_pin_that_is_on_its_way_during_a_lock_is_not_kept() {
+    fn vault() -> Arc<Vault> {
         let parts = Parts {
             prompter: Prompter::new(prompt::Settings::default()),
             store: Store::in_memory().unwrap(),
+            audit: Audit::off(),
             compute: Compute::inline(),
             lock_cost: Cost::least(),
+            slot_time: std::time::Duration::ZERO,
         };
-        let vault = Vault::new(crate::vault::Settings::default(), parts);
+        Vault::new(crate::vault::Settings::default(), parts)
+    }
+
+    fn token(vault: &Arc<Vault>, settings: Settings) -> (Device, Arc<Gate>) {
         let gate = Arc::new(Gate::default());
         let config = Arc::clone(&gate);
         let engine = InProcess::<Token>::new(move || Arc::clone(&config));
-        let device = Device::start("token", Token::KIND, Settings::default(), engine);
-        vault.add_device(device.clone(), Terms::default(), &[]);
+        let device = Device::start("token", Token::KIND, settings, engine);
+        vault.add_device(device.clone(), Terms::default(), &[]).unwrap();
+        (device, gate)
+    }
+
+    #[tokio::test]
+    async fn a_pin_that_is_on_its_way_during_a_lock_is_not_kept() {
+        let vault = vault();
+        let (device, gate) = token(&vault, Settings::default());
         let caller = Arc::new(Caller::default());
         let password = || Zeroizing::new(b"password".to_vec());
         let login = {
@@ -417,5 +559,48 @@ mod tests {
         login.await.unwrap().unwrap();
         assert!(vault.pins.with(&device, |entry| entry.accepted.is_none()));
         gate.logouts.notified().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pin_that_never_left_the_queue_is_not_uncertain() {
+        let vault = vault();
+        let (device, gate) = token(&vault, Settings { queue: 1, ..Settings::default() });
+        // Two inside the driver and one that waits: the queue is full.
+        let mut others = JoinSet::new();
+        for n in 0..3 {
+            let device = device.clone();
+            others.spawn(async move { device.unlock("other".into()).await });
+            if n < 2 {
+                gate.asked.notified().await;
+            }
+        }
+        while device.load() != (1, 2) {
+            tokio::task::yield_now().await;
+        }
+        let caller = Arc::new(Caller::default());
+        let refused = vault.unlock_device(&device, &caller, "1234".into()).await;
+        assert_eq!(refused, Err(Refusal::Timeout), "it waits for its place, and does not get it");
+        assert!(vault.store.begin("T", &"1234".into(), false).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_pin_that_another_program_kept_away_is_not_uncertain() {
+        let vault = vault();
+        let (device, _) = token(&vault, Settings::default());
+        let refused = vault.unlock_device(&device, &Arc::new(Caller::default()), IN_USE.into()).await;
+        assert_eq!(refused, Err(DeviceError::InUse.into()));
+        assert!(vault.store.begin("T", &IN_USE.into(), false).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_is_not_known_of_a_device_is_not_forgotten_for_another() {
+        let vault = vault();
+        vault.store.begin("", &"1234".into(), false).await.unwrap().refused().await.unwrap();
+        let (device, _) = token(&vault, Settings::default());
+        // It has not said its serial yet: the task that asks has not had its turn.
+        assert_eq!(vault.forget_pins_of(std::slice::from_ref(&device)).await, Err(DeviceError::Absent.into()));
+        assert!(matches!(vault.store.begin("", &"1234".into(), false).await, Err(MarkError::Refused)));
+        present(&device).await.unwrap();
+        assert_eq!(vault.forget_pins_of(&[device]).await, Ok(()));
     }
 }

@@ -3,13 +3,15 @@
 use thiserror::Error;
 
 use super::{
+    backup::BackupError,
     destination::{self, Route, Use},
-    key::{Caller, Destination, Grants, Identity},
+    key::{Caller, Destination, Grants, Identity, OutOfUse},
     pattern,
     purpose::Purpose,
+    transfer::TransferError,
 };
 use crate::{
-    devices::{Device, DeviceError, Input, Operation, Status},
+    devices::{Deed, Device, DeviceError, FoundKey, Input, Operation, Status},
     prompt,
     public_key::{FingerprintHash, PublicKey, fingerprint},
 };
@@ -59,15 +61,39 @@ pub enum Refusal {
     /// A provider library may not be loaded.
     #[error("the provider is refused: {0}")]
     Provider(String),
+    /// What a module or one of its tokens is about.
+    #[error("{0}: {1}")]
+    At(String, Box<Refusal>),
+    /// `ssh-add -s` found nothing to add.
+    #[error("nothing was added: {0}")]
+    NothingNew(&'static str),
+    /// The token is a device of the configuration: say there what its keys may do.
+    #[error(
+        "it is the device `{0}` of the configuration, under the conditions given there; add it without a lifetime, \
+         confirmation, destinations or certificates"
+    )]
+    Configured(String),
     /// A constraint that does not go with this kind of key: add the key without it.
     #[error("the constraint `{0}` does not go with this kind of key")]
     Constraint(&'static str),
     /// The key is on a configured device, and can only be removed with it.
     #[error("the key is on the device `{0}`; take the device out of the configuration to remove it")]
     OnDevice(String),
-    /// The key signs for ssh only: nobody has allowed it more.
-    #[error("the key may be used for plain ssh signatures only")]
+    /// Nobody has allowed the key to do this: its owner can.
+    #[error("the key was not allowed to do this; its owner can with `strongroom key allow`")]
     NotGranted,
+    /// The configuration grants the device's keys less: change it there.
+    #[error("`operations` of the device `{0}` in the configuration do not grant this")]
+    BeyondConfiguration(String),
+    /// The door does not let this uid do that, with any key.
+    #[error("this door lets your uid do less; the daemon's owner can say more under `client` in the configuration")]
+    Forbidden,
+    /// Keys are made, named, allowed more and deleted by their owner only.
+    #[error("only the vault's own user and root may do this, on this machine, at a door that shows all keys")]
+    NotOwner,
+    /// What is to be deleted has another name than was given: look again.
+    #[error("the key has another name; give its name, its label, its comment or its fingerprint to delete it")]
+    WrongName,
     /// One PIN try is left, and nobody typed the PIN: unlock the device by hand.
     #[error("one PIN try is left on `{0}`, and it is not spent unasked; unlock the device through the service door")]
     LastTry(String),
@@ -80,9 +106,60 @@ pub enum Refusal {
     /// There is no PIN to send.
     #[error("no PIN: {0}")]
     NoPin(String),
+    /// The store is locked, and nobody was asked: unlock it and ask again.
+    #[error("the store is locked; `strongroom unlock` unlocks it")]
+    StoreLocked,
+    /// There is no encrypted store yet.
+    #[error("there is no encrypted store yet; `strongroom init` makes one")]
+    NoStore,
+    /// There is a store already, with keys that another would lose.
+    #[error("there is an encrypted store already; `strongroom slot add` adds another way to open it")]
+    StoreExists,
+    /// Neither a passphrase of the store nor its recovery key; the next attempt waits longer.
+    #[error("this is neither a passphrase of the store nor its recovery key")]
+    WrongPassphrase,
+    /// The request must carry the store's passphrase, or its recovery key, whether the store is open or not.
+    #[error("this wants a passphrase of the store, or its recovery key, each time")]
+    ProofNeeded,
+    /// Its owner has put the key out of use.
+    #[error("the key is disabled; its owner can use it again after `strongroom key enable`")]
+    Disabled,
+    /// The key's time is over.
+    #[error("the key has expired; its owner can give it more time with `strongroom key set`")]
+    Expired,
+    /// The key is in the store, and stays there until it is deleted.
+    #[error("the key is in the encrypted store; `strongroom key delete` deletes it for good")]
+    InStore,
+    /// The key is in the store already, perhaps under other conditions.
+    #[error("the key is in the encrypted store already; `strongroom key show` tells its conditions")]
+    StoredAlready,
+    /// The key was not made exportable, and never will be.
+    #[error("the key was not made exportable: it never leaves the store")]
+    NotExportable,
+    /// No slot has this number.
+    #[error("the store has no such slot; `strongroom slot list` lists them")]
+    NoSuchSlot,
+    /// The last slot that can open the store.
+    #[error("it is the last slot that opens the store; add another first, with `strongroom slot add`")]
+    LastSlot,
+    /// What is to open the store does not.
+    #[error("{0}")]
+    Slot(String),
+    /// The state file does not take it.
+    #[error("{0}")]
+    Store(String),
+    /// There is no backup, or nothing is restored.
+    #[error(transparent)]
+    Backup(BackupError),
+    /// Nothing is transferred.
+    #[error(transparent)]
+    Transfer(TransferError),
     /// The vault holds as many identities as it can: remove some.
     #[error("the vault is full; `ssh-add -d` removes a key")]
     Full,
+    /// The audit log cannot be written, and nothing is to be done without it: make room on its disk.
+    #[error("the audit log cannot be written; make room on its disk, or set `on_full = \"warn\"` in [audit]")]
+    Unrecorded,
     /// No answer by the deadline: ask again.
     #[error("there was no answer in time")]
     Timeout,
@@ -134,6 +211,10 @@ pub fn decide(
     rules: &Rules,
     unix_now: u64,
 ) -> Result<Verdict, Refusal> {
+    let done = Grants::for_operation(operation);
+    if done.without(caller.forbidden) != done {
+        return Err(Refusal::Forbidden);
+    }
     if needs != Grants::NONE {
         // Nothing about these tells what they are for, so that no restriction to hosts or applications could be kept.
         if identity.key_type.is_sk() || identity.restrictions().next().is_some() {
@@ -146,6 +227,15 @@ pub fn decide(
     if identity.is_unconstrained() {
         return Ok(Verdict { confirm: None });
     }
+    let mut out_of_use = identity.places.iter().map(|place| place.is_out_of_use(unix_now));
+    if let Some(Some(why)) = out_of_use.clone().next()
+        && out_of_use.all(|why| why.is_some())
+    {
+        return Err(match why {
+            OutOfUse::Disabled => Refusal::Disabled,
+            OutOfUse::Expired => Refusal::Expired,
+        });
+    }
     let purpose = match operation {
         Operation::Sign { input: Input::Message(data), .. } => Purpose::read(data, &identity.blob),
         _ => Purpose::Opaque,
@@ -153,7 +243,7 @@ pub fn decide(
     for destinations in identity.restrictions() {
         check_destination(destinations, caller, &purpose, unix_now)?;
     }
-    if identity.key_type.is_sk() && rules.restrict_websafe && purpose == Purpose::Opaque {
+    if identity.key_type.is_sk() && rules.restrict_websafe && !purpose.is_ssh() {
         let free = rules.websafe_allow.as_deref().unwrap_or("ssh:*");
         if !application(identity).is_some_and(|application| pattern::matches_list(application, free.as_bytes())) {
             return Err(Refusal::NotWebsafe);
@@ -197,7 +287,7 @@ fn application(identity: &Identity) -> Option<&[u8]> {
 
 /// Whether the door that the caller came through shows the identity.
 pub fn is_shown(identity: &Identity, caller: &Caller) -> bool {
-    caller.keys.as_ref().is_none_or(|shown| shown.contains(&identity.fingerprint(FingerprintHash::Sha256)))
+    caller.keys.as_ref().is_none_or(|shown| shown.iter().any(|shown| **shown == **identity.sha256()))
 }
 
 /// Whether the caller at the end of this route may know of the identity. One route serves a whole listing.
@@ -211,11 +301,17 @@ pub fn may_change(identity: &Identity, route: &Route<'_>) -> bool {
     may_list(identity, route)
 }
 
-/// Whether the caller may lock and unlock: never from another machine, and never through a door that shows some keys
-/// only. One attempt to bind is enough to count as remote: `ssh-add` on this machine makes none, and the far side of a
+/// Whether the caller may lock and unlock: never from another machine, and never where the door shows it some keys or lets
+/// it do some operations only. One attempt to bind is enough to count as remote: `ssh-add` on this machine makes none, and the far side of a
 /// forwarding could add binds of its own behind the first.
 pub fn may_lock(caller: &Caller) -> bool {
-    !caller.bind_attempted && caller.keys.is_none()
+    !caller.bind_attempted && caller.keys.is_none() && caller.forbidden == Grants::NONE
+}
+
+/// Whether the caller may make, name and delete keys, and say what they may do: whoever may lock, and owns the vault, whose
+/// uid is `owner`.
+pub fn may_administer(caller: &Caller, owner: u32) -> bool {
+    may_lock(caller) && (caller.uid == owner || caller.uid == 0)
 }
 
 /// Whether a provider library's real path is among the allowed (`*` also matches `/`).
@@ -249,10 +345,45 @@ fn confirm_question(
     )
 }
 
+/// What to ask before a key is allowed to do these operations.
+pub fn allow_question(identity: &Identity, caller: &Caller, operations: &str, rules: &Rules) -> String {
+    format!(
+        "Allow key {} from now on: {operations}?\nKey fingerprint {}{}",
+        harmless(identity.comment()),
+        identity.fingerprint(rules.fingerprint_hash),
+        caller_line(caller)
+    )
+}
+
 /// What to show while an authenticator waits to be touched.
 pub fn touch_notice(identity: &Identity, caller: &Caller, data: &[u8], rules: &Rules) -> String {
     format!(
         "Confirm user presence for key {} {}{}{}",
+        identity.key_type.label(),
+        identity.fingerprint(rules.fingerprint_hash),
+        login_line(identity, caller, &Purpose::read(data, &identity.blob), rules),
+        caller_line(caller)
+    )
+}
+
+/// What to show while a request waits for a person to do something at a device.
+pub fn device_notice(
+    deed: Deed,
+    device: &Device,
+    key: &FoundKey,
+    identity: &Identity,
+    caller: &Caller,
+    data: &[u8],
+    rules: &Rules,
+) -> String {
+    format!(
+        "{} {} ({}) for key {} {}{}{}",
+        match deed {
+            Deed::Touch => "Touch",
+            Deed::Insert => "Insert",
+        },
+        prompt::harmless(device.name()),
+        prompt::harmless(&key.label),
         identity.key_type.label(),
         identity.fingerprint(rules.fingerprint_hash),
         login_line(identity, caller, &Purpose::read(data, &identity.blob), rules),
@@ -271,8 +402,14 @@ pub fn pin_question(identity: &Identity, caller: &Caller, rules: &Rules, touch: 
     )
 }
 
+/// What to ask for the passphrase of the store with.
+pub fn store_question(caller: &Caller, again: bool) -> String {
+    let again = if again { "That is not it. " } else { "" };
+    format!("{again}Passphrase of the encrypted store{}: ", caller_line(caller))
+}
+
 /// What to ask the holder of a device for its PIN with.
-pub fn device_pin_question(device: &Device, status: &Status, caller: &Caller) -> String {
+pub fn device_pin_question(device: &Device, status: &Status, caller: &Caller, each_time: bool) -> String {
     let serial = match &*status.serial {
         "" => String::new(),
         serial => format!(" (serial {})", prompt::harmless(serial)),
@@ -282,15 +419,16 @@ pub fn device_pin_question(device: &Device, status: &Status, caller: &Caller) ->
         Some(left) => format!("\n{left} tries are left."),
         None => String::new(),
     };
-    format!("Enter PIN for {}{serial}{tries}{}: ", prompt::harmless(device.name()), caller_line(caller))
+    let each_time = if each_time { "\nIt wants its PIN for each use of this key." } else { "" };
+    format!("Enter PIN for {}{serial}{tries}{each_time}{}: ", prompt::harmless(device.name()), caller_line(caller))
 }
 
 /// Whom a login is for and where: the host by its name where the key's constraints list it, else by its key.
 fn login_line(identity: &Identity, caller: &Caller, purpose: &Purpose<'_>, rules: &Rules) -> String {
     let login = match purpose {
         Purpose::UserAuth(login) => login,
-        Purpose::SshSig => return "\nsignature over a file or commit (SSHSIG)".to_owned(),
-        Purpose::Opaque => return String::new(),
+        Purpose::SshSig { .. } => return "\nsignature over a file or commit (SSHSIG)".to_owned(),
+        Purpose::Certificate { .. } | Purpose::Opaque => return String::new(),
     };
     let request = format!("\npublic key authentication request for user \"{}\"", user_name(login.user));
     let Some(bind) = caller.binds.last() else { return request };
@@ -307,7 +445,7 @@ fn user_name(user: &[u8]) -> String {
 }
 
 fn caller_line(caller: &Caller) -> String {
-    let program = caller.program.as_deref().map(|p| prompt::harmless(&p.to_string_lossy()));
+    let program = caller.program.known().map(|p| prompt::harmless(&p.to_string_lossy()));
     let from = match (program, caller.pid) {
         (Some(program), Some(pid)) => format!("\nrequested by {program} (process {pid})"),
         (None, Some(pid)) => format!("\nrequested by process {pid}"),
@@ -350,34 +488,32 @@ mod tests {
         .map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap())
         .collect();
         let private = SoftKey::new(&SoftParts::Ecdsa { curve: Curve::P256, scalar: &[1], point: &point }).unwrap();
-        Identity {
-            blob: key(1).into(),
-            key_type: KeyType::Ed25519,
-            places: vec![Place {
-                key: PrivateKey::Soft(Arc::new(private)),
-                comment: b"me@home".as_slice().into(),
-                constraints,
-                grants: Grants::NONE,
-                rank: 0,
-            }],
-        }
+        let place = Place {
+            key: PrivateKey::Soft(Arc::new(private)),
+            comment: b"me@home".as_slice().into(),
+            constraints,
+            grants: Grants::NONE,
+            rank: 0,
+            added: true,
+            name: "".into(),
+        };
+        Identity::new(&key(1), KeyType::Ed25519, vec![place])
     }
 
     fn sk(application: &[u8]) -> Identity {
         let public = PublicKey::SkEd25519(&[1; 32], application);
         let handle = Zeroizing::new(vec![1]);
         let private = SkKey::new(&public, application, 1, handle, b"", "internal".into()).unwrap();
-        Identity {
-            blob: public.to_blob().into(),
-            key_type: KeyType::SkEd25519,
-            places: vec![Place {
-                key: PrivateKey::Sk(Arc::new(private)),
-                comment: b"token".as_slice().into(),
-                constraints: Constraints::default(),
-                grants: Grants::NONE,
-                rank: 0,
-            }],
-        }
+        let place = Place {
+            key: PrivateKey::Sk(Arc::new(private)),
+            comment: b"token".as_slice().into(),
+            constraints: Constraints::default(),
+            grants: Grants::NONE,
+            rank: 0,
+            added: true,
+            name: "".into(),
+        };
+        Identity::new(&public.to_blob(), KeyType::SkEd25519, vec![place])
     }
 
     fn signing(data: &[u8]) -> Operation<'_> {
@@ -515,9 +651,20 @@ mod tests {
         let disguised = Caller { binds: vec![bind(true), bind(false)], ..failed.clone() };
         let few_keys = Caller { keys: Some([].into()), ..Caller::default() };
         assert!(may_lock(&local));
-        for caller in [failed, forwarded, disguised, few_keys] {
+        let forbidden = Grants { derive: true, ..Grants::NONE };
+        let few_operations = Caller { forbidden, ..Caller::default() };
+        for caller in [failed, forwarded, disguised, few_keys, few_operations] {
             assert!(!may_lock(&caller), "{caller:?}");
         }
+    }
+
+    #[test]
+    fn only_the_owner_and_root_administer() {
+        let caller = |uid| Caller { uid, ..Caller::default() };
+        assert!(may_administer(&caller(1000), 1000) && may_administer(&caller(0), 1000));
+        assert!(!may_administer(&caller(1001), 1000) && !may_administer(&caller(1000), 0));
+        let forwarded = Caller { bind_attempted: true, ..caller(1000) };
+        assert!(!may_administer(&forwarded, 1000));
     }
 
     #[test]

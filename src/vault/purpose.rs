@@ -1,7 +1,7 @@
 //! What is being signed, read from the bytes: a login, an SSHSIG, anything else. Decides nothing.
 
 use crate::{
-    public_key::{Blob, KeyError, KeyType},
+    public_key::{Blob, Certificate, KeyError, KeyType},
     rfc4251::Reader,
 };
 
@@ -13,8 +13,16 @@ pub enum Purpose<'a> {
     /// Logging in with this very key (RFC 4252, section 7).
     UserAuth(UserAuth<'a>),
     /// A signed file or commit (OpenSSH's PROTOCOL.sshsig).
-    SshSig,
-    /// Anything else: certificates, host key proofs, other protocols.
+    SshSig {
+        /// What it is signed for: `git`, `file`, …
+        namespace: &'a [u8],
+    },
+    /// Certifying a key (OpenSSH's PROTOCOL.certkeys).
+    Certificate {
+        /// What the certificate calls itself.
+        key_id: &'a [u8],
+    },
+    /// Anything else: host key proofs, other protocols.
     Opaque,
 }
 
@@ -34,11 +42,18 @@ impl<'a> Purpose<'a> {
     pub fn read(data: &'a [u8], blob: &[u8]) -> Self {
         if let Ok(Some(userauth)) = read_userauth(data, blob) {
             Self::UserAuth(userauth)
-        } else if matches!(is_sshsig(data), Ok(true)) {
-            Self::SshSig
+        } else if let Ok(Some(namespace)) = read_sshsig(data) {
+            Self::SshSig { namespace }
+        } else if let Some(key_id) = read_certificate(data, blob) {
+            Self::Certificate { key_id }
         } else {
             Self::Opaque
         }
+    }
+
+    /// Whether it is one of the two that a FIDO key of a web origin may sign: a login or an SSHSIG.
+    pub fn is_ssh(&self) -> bool {
+        matches!(self, Self::UserAuth(_) | Self::SshSig { .. })
     }
 }
 
@@ -81,19 +96,29 @@ fn is_algorithm_of(algorithm: &[u8], blob: &[u8]) -> Result<bool, KeyError> {
     })
 }
 
-fn is_sshsig(data: &[u8]) -> Result<bool, KeyError> {
-    let Some(rest) = data.strip_prefix(b"SSHSIG") else { return Ok(false) };
+/// The namespace of an SSHSIG.
+fn read_sshsig(data: &[u8]) -> Result<Option<&[u8]>, KeyError> {
+    let Some(rest) = data.strip_prefix(b"SSHSIG") else { return Ok(None) };
     let mut r = Reader::new(rest);
     let (namespace, _reserved, hash, digest) = (r.string()?, r.string()?, r.string()?, r.string()?);
     r.finish()?;
     let is_name = |bytes: &[u8]| !bytes.is_empty() && !bytes.contains(&0);
-    Ok(is_name(namespace) && is_name(hash) && !digest.is_empty())
+    Ok((is_name(namespace) && is_name(hash) && !digest.is_empty()).then_some(namespace))
+}
+
+/// The key id of a certificate that this very key is asked to sign.
+fn read_certificate<'a>(data: &'a [u8], blob: &[u8]) -> Option<&'a [u8]> {
+    let certificate = Certificate::read_unsigned(data).ok()?;
+    (certificate.signature_key == blob).then_some(certificate.key_id)
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::{public_key::PublicKey, rfc4251::Put};
+    use crate::{
+        public_key::{PublicKey, tests::blob as fixture},
+        rfc4251::Put,
+    };
     use proptest::prelude::*;
 
     pub(in crate::vault) fn key(byte: u8) -> Vec<u8> {
@@ -158,7 +183,7 @@ pub(super) mod tests {
         for part in [&b"git"[..], b"", b"sha512", &[7; 64]] {
             data.put_string(part);
         }
-        assert_eq!(Purpose::read(&data, &key(1)), Purpose::SshSig);
+        assert_eq!(Purpose::read(&data, &key(1)), Purpose::SshSig { namespace: b"git" });
         data.push(0);
         assert_eq!(Purpose::read(&data, &key(1)), Purpose::Opaque);
         let mut nul = b"SSHSIG".to_vec();
@@ -166,6 +191,19 @@ pub(super) mod tests {
             nul.put_string(part);
         }
         assert_eq!(Purpose::read(&nul, &key(1)), Purpose::Opaque, "a NUL in the namespace");
+    }
+
+    #[test]
+    fn a_certificate_is_known_to_the_authority_that_signs_it() {
+        let certificate = fixture("user_ed25519-cert");
+        let Ok(Blob::Certificate(parsed)) = Blob::parse(&certificate) else { unreachable!() };
+        // What is signed ends where the string of the signature begins.
+        let signature = 4 + 4 + 11 + 4 + 64;
+        let data = &certificate[..certificate.len() - signature];
+        assert_eq!(Purpose::read(data, parsed.signature_key), Purpose::Certificate { key_id: parsed.key_id });
+        assert_eq!(Purpose::read(data, &key(1)), Purpose::Opaque, "another authority");
+        assert_eq!(Purpose::read(&certificate, parsed.signature_key), Purpose::Opaque, "with its signature");
+        assert_eq!(Purpose::read(&data[..data.len() - 1], parsed.signature_key), Purpose::Opaque, "too short");
     }
 
     proptest! {

@@ -1,6 +1,11 @@
 //! The key that seals the vault while it is locked: made from the lock password, kept nowhere. Knows no identities.
 
 use argon2::{Algorithm, Argon2, Block, Params, Version};
+use std::{
+    ops::RangeInclusive,
+    time::{Duration, Instant},
+};
+
 use aws_lc_rs::{
     aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
     rand,
@@ -23,7 +28,47 @@ impl Default for Cost {
     }
 }
 
+/// What a passphrase of the store may cost, in KiB: what a phone has, up to what a laptop spares.
+const STORE_MEMORY_KIB: RangeInclusive<u32> = 64 * 1024..=1024 * 1024;
+/// The same in passes.
+const STORE_PASSES: RangeInclusive<u32> = 1..=1024;
+
 impl Cost {
+    /// What a passphrase of the store costs, when that is within bounds: 64 MiB to 1 GiB, up to 1024 passes.
+    pub fn bounded(memory_kib: u32, passes: u32) -> Option<Self> {
+        (STORE_MEMORY_KIB.contains(&memory_kib) && STORE_PASSES.contains(&passes))
+            .then_some(Self { memory_kib, passes })
+    }
+
+    /// The most that takes about as long as `target` here and now, memory first: it is what guessing machines lack. At most
+    /// 1/16 of the machine's. Blocks for a tenth of a second: not for a task.
+    pub fn calibrated(target: Duration) -> Self {
+        let least = *STORE_MEMORY_KIB.start();
+        let started = Instant::now();
+        let once = Self { memory_kib: least, passes: 1 };
+        let tried = stretch(&[0; 32], &[0; 16], once);
+        let unit = started.elapsed().max(Duration::from_millis(1));
+        let units = (target.as_millis() / unit.as_millis()).clamp(1, 1 << 14) as u32;
+        if tried.is_err() || units == 1 {
+            return once;
+        }
+        let system = rustix::system::sysinfo();
+        let spare = u64::from(system.mem_unit).saturating_mul(system.totalram) / 1024 / 16;
+        let most = (*STORE_MEMORY_KIB.end()).min(u32::try_from(spare).unwrap_or(u32::MAX)).max(least);
+        let memory = 1 << (units.min(most / least)).ilog2();
+        Self { memory_kib: least * memory, passes: (units / memory).clamp(1, *STORE_PASSES.end()) }
+    }
+
+    /// In KiB.
+    pub fn memory_kib(self) -> u32 {
+        self.memory_kib
+    }
+
+    /// How often the memory is gone through.
+    pub fn passes(self) -> u32 {
+        self.passes
+    }
+
     /// As little as there is, for simulations that lock a thousand times a second.
     pub fn least() -> Self {
         Self { memory_kib: Params::MIN_M_COST, passes: 1 }
@@ -91,7 +136,9 @@ pub(super) fn stretch(secret: &[u8], salt: &[u8; 16], cost: Cost) -> Result<Zero
     let mut key = Zeroizing::new([0; 32]);
     // The key is a hash of the last block, so the blocks are as secret as the key. Each attempt gives them back.
     memory::return_large_blocks();
-    let mut blocks = vec![Block::default(); params.block_count()];
+    let mut blocks = Vec::new();
+    blocks.try_reserve_exact(params.block_count()).map_err(|_| argon2::Error::MemoryTooMuch)?;
+    blocks.resize(params.block_count(), Block::default());
     let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
     let hashed = argon2.hash_password_into_with_memory(secret, salt, &mut *key, &mut blocks);
     blocks.zeroize();
@@ -119,6 +166,15 @@ impl Lock {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_calibrated_cost_is_within_bounds_and_grows_with_the_time() {
+        let [short, long] = [1, 400].map(|ms| Cost::calibrated(Duration::from_millis(ms)));
+        for cost in [short, long] {
+            assert_eq!(Cost::bounded(cost.memory_kib, cost.passes), Some(cost));
+        }
+        assert_eq!((short.memory_kib, short.passes), (64 * 1024, 1));
+    }
 
     #[test]
     fn only_the_password_opens_what_it_sealed() {

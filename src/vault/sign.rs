@@ -11,14 +11,20 @@ use tracing::debug;
 
 use super::{
     Vault,
+    audit::{MEMORY, Note},
     key::{Caller, Grants, Identity, Place, PrivateKey},
+    person,
+    pins::WantedPin,
     policy::{self, Refusal, Verdict},
+    stored::{STORE, StoredKey},
     unix_now,
 };
 use crate::{
-    devices::{Device, DeviceError, FoundKey, Hash, Input, Operation, Outcome, Patience, Scheme, sk::SkKey},
+    devices::{
+        Deed, Device, DeviceError, FoundKey, Hash, Input, Operation, Outcome, Patience, Scheme, Signature, sk::SkKey,
+        soft::kind,
+    },
     public_key::KeyType,
-    sys::peer,
 };
 
 /// How long a use may take when nobody has to be asked. A device's own time is shorter.
@@ -44,6 +50,8 @@ pub struct Use<'a> {
     pub asked: Asked<'a>,
     /// The caller's own deadline; the vault's and the device's apply where they are sooner.
     pub deadline: Option<Instant>,
+    /// Whether it is for keys only that ssh is offered.
+    pub offered: bool,
     /// Whether a device's full queue makes it wait, as a plain sign request does, rather than be refused.
     pub waits_for_place: bool,
 }
@@ -62,8 +70,17 @@ pub enum Asked<'a> {
 }
 
 impl Asked<'_> {
+    /// What it is called: `sign`, `decrypt` or `derive`.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Ssh { .. } | Self::Operation(Operation::Sign { .. }) => "sign",
+            Self::Operation(Operation::Decrypt { .. }) => "decrypt",
+            Self::Operation(Operation::Derive { .. }) => "derive",
+        }
+    }
+
     /// What the key does, by its type.
-    fn operation(&self, key_type: KeyType) -> Operation<'_> {
+    pub(super) fn operation(&self, key_type: KeyType) -> Operation<'_> {
         match self {
             Self::Ssh { data, rsa_hash } => {
                 Operation::Sign { scheme: ssh_scheme(key_type, *rsa_hash), input: Input::Message(Cow::Borrowed(data)) }
@@ -72,9 +89,10 @@ impl Asked<'_> {
         }
     }
 
-    /// What the key must grant; a plain signature needs no grant.
-    fn needs(&self) -> Grants {
+    /// What the key must grant. A plain signature needs no grant, unless the key is not for ssh.
+    fn needs(&self, identity: &Identity) -> Grants {
         match self {
+            Self::Ssh { .. } if !identity.places.iter().any(Place::is_for_ssh) => Grants { sign: true, ..Grants::NONE },
             Self::Ssh { .. } => Grants::NONE,
             Self::Operation(operation) => Grants::for_operation(operation),
         }
@@ -97,55 +115,110 @@ struct Errand {
     caller: Arc<Caller>,
     operation: Operation<'static>,
     needs: Grants,
+    offered: bool,
     verdict: Verdict,
     waits_for_place: bool,
     deadline: Instant,
 }
 
 impl Vault {
-    /// Uses a key, after policy has agreed and whoever must be asked has. There is no other way to a private key.
+    /// Uses a key, after policy has agreed and whoever must be asked has. There is no other way to a private key. The
+    /// audit log has a line of it, whatever comes of it.
     pub fn operate(self: &Arc<Self>, caller: &Arc<Caller>, wanted: Use<'_>) -> Answer<Result<Outcome, Refusal>> {
-        let identity = match self.find(caller, wanted.blob) {
-            Ok(identity) => identity,
+        let mut note = match self.audit.admit_here(caller, wanted.asked.name()) {
+            Ok(note) => note,
             Err(refusal) => return Answer::Now(Err(refusal)),
         };
-        if let Asked::Ssh { data, rsa_hash } = wanted.asked
-            && let [Place { key: PrivateKey::Soft(key), .. }, ..] = &*identity.places
-            && identity.is_unconstrained()
-            && key.is_fast()
+        let found = if wanted.offered { self.find(caller, wanted.blob) } else { self.find_key(caller, wanted.blob) };
+        let identity = match found {
+            Ok(identity) if identity.is_offered() || !wanted.offered => identity,
+            Ok(_) => return Answer::Now(note.blob(wanted.blob).end(Err(Refusal::NoSuchKey))),
+            Err(refusal) => return Answer::Now(note.blob(wanted.blob).end(Err(refusal))),
+        };
+        let operation = wanted.asked.operation(identity.key_type);
+        note.set_use(&identity, &operation, caller);
+        if identity.is_stored()
+            && let Err(refusal) = note.insist()
         {
-            let signature = key.sign(ssh_scheme(identity.key_type, rsa_hash), data);
-            return Answer::Now(signature.map(Outcome::Signature).map_err(Refusal::from));
+            return Answer::Now(note.end(Err(refusal)));
+        }
+        if let Asked::Ssh { data, rsa_hash } = wanted.asked
+            && identity.is_unconstrained()
+            && !caller.forbidden.sign
+            && let Some((place, signature)) = self.sign_on_the_spot(&identity, rsa_hash, data)
+        {
+            note.set_device(place);
+            return Answer::Now(note.end(signature.map(Outcome::Signature).map_err(Refusal::from)));
         }
         // From here on a lock is noticed; one that came first is found by looking again.
         let locks = Arc::clone(&self.locks).notified_owned();
         if let Err(refusal) = self.check_open() {
-            return Answer::Now(Err(refusal));
+            return Answer::Now(note.end(Err(refusal)));
         }
-        let caller = if identity.is_unconstrained() { Arc::clone(caller) } else { identified(caller) };
-        let operation = wanted.asked.operation(identity.key_type);
-        let rules = &self.settings().rules;
-        let needs = wanted.asked.needs();
-        match policy::decide(&identity, &caller, &operation, needs, rules, unix_now()) {
-            Ok(verdict) => {
+        if wanted.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            return Answer::Now(note.end(Err(Refusal::Timeout)));
+        }
+        match self.consider(caller, &identity, &wanted.asked, &operation) {
+            Ok((needs, verdict)) => {
                 let deadline = Instant::now() + self.patience(&identity, &verdict);
                 let errand = Errand {
                     operation: operation.into_owned(),
                     needs,
+                    offered: wanted.offered,
                     verdict,
                     waits_for_place: wanted.waits_for_place,
                     deadline: wanted.deadline.map_or(deadline, |own| own.min(deadline)),
-                    caller,
+                    caller: Arc::clone(caller),
                 };
-                Answer::Later(Box::pin(Arc::clone(self).run(identity, errand, locks)))
+                Answer::Later(Box::pin(Arc::clone(self).run(identity, errand, note.into_note(), locks)))
             }
-            Err(refusal) => Answer::Now(Err(refusal)),
+            Err(refusal) => Answer::Now(note.end(Err(refusal))),
         }
+    }
+
+    /// Signs with a key that is here and quick, and tells where.
+    fn sign_on_the_spot(
+        &self,
+        identity: &Identity,
+        rsa_hash: Hash,
+        data: &[u8],
+    ) -> Option<(&'static str, Result<Signature, DeviceError>)> {
+        let scheme = ssh_scheme(identity.key_type, rsa_hash);
+        match &identity.places.first()?.key {
+            PrivateKey::Soft(key) if key.is_fast() => Some((MEMORY, key.sign(scheme, data))),
+            PrivateKey::Stored(key) if kind::is_fast(key.key_type()) => {
+                let signature = key.sign(scheme, data)?;
+                self.access.note_use();
+                Some((STORE, signature))
+            }
+            _ => None,
+        }
+    }
+
+    /// Decides about a use, before anything is done about it: what it needs, and what policy says.
+    pub(super) fn consider(
+        &self,
+        caller: &Caller,
+        identity: &Identity,
+        asked: &Asked<'_>,
+        operation: &Operation<'_>,
+    ) -> Result<(Grants, Verdict), Refusal> {
+        if !identity.is_unconstrained() {
+            // Read here, for the question to a person.
+            caller.program();
+        }
+        let needs = asked.needs(identity);
+        let verdict = policy::decide(identity, caller, operation, needs, &self.settings().rules, unix_now())?;
+        Ok((needs, verdict))
     }
 
     /// How long the use may take: longer where a person confirms, touches or may have to type a PIN.
     fn patience(&self, identity: &Identity, verdict: &Verdict) -> Duration {
-        let alone = identity.places.iter().all(|place| matches!(place.key, PrivateKey::Soft(_)));
+        let alone = identity.places.iter().all(|place| match place.key {
+            PrivateKey::Soft(_) => true,
+            PrivateKey::Stored(_) => self.store_is_open(),
+            PrivateKey::Sk(_) | PrivateKey::OnDevice(..) => false,
+        });
         if verdict.confirm.is_none() && alone { DEADLINE } else { self.settings().person_deadline.max(DEADLINE) }
     }
 
@@ -153,6 +226,7 @@ impl Vault {
         self: Arc<Self>,
         identity: Arc<Identity>,
         errand: Errand,
+        mut note: Note,
         locks: OwnedNotified,
     ) -> Result<Outcome, Refusal> {
         let work = async {
@@ -160,7 +234,7 @@ impl Vault {
                 Some(question) => self.confirm(identity, &errand.caller, question).await?,
                 None => identity,
             };
-            self.use_places(&identity, &errand).await
+            self.use_places(&identity, &errand, &mut note).await
         };
         let paced = async {
             let soonest = errand.deadline.min(Instant::now() + PACE);
@@ -172,15 +246,16 @@ impl Vault {
             }
             result
         };
-        tokio::select! {
+        let result = tokio::select! {
             biased;
             () = locks => Err(self.check_open().err().unwrap_or(Refusal::Locked)),
             result = paced => result,
-        }
+        };
+        note.end(result)
     }
 
     /// Asks a person, and returns the identity if they agree and it is still the same.
-    async fn confirm(
+    pub(super) async fn confirm(
         &self,
         identity: Arc<Identity>,
         caller: &Caller,
@@ -192,23 +267,68 @@ impl Vault {
         self.prompter.confirm(caller.uid, question).await?;
         let identity = asked_for.upgrade().ok_or(Refusal::NoSuchKey)?;
         // Nor is one used that was replaced, perhaps under other constraints, or that has expired.
-        self.check_same(caller, &identity)?;
-        Ok(identity)
+        self.check_same(caller, &identity)
     }
 
     /// The first place that can has it done.
-    async fn use_places(self: &Arc<Self>, identity: &Arc<Identity>, errand: &Errand) -> Result<Outcome, Refusal> {
-        let mut result = Err(Refusal::NoSuchKey);
-        for place in identity.places.iter().filter(|place| place.grants.include(errand.needs)) {
+    async fn use_places(
+        self: &Arc<Self>,
+        identity: &Arc<Identity>,
+        errand: &Errand,
+        note: &mut Note,
+    ) -> Result<Outcome, Refusal> {
+        let mut identity = Arc::clone(identity);
+        loop {
+            let (result, absent) = self.try_places(&identity, errand, note).await;
+            if absent.is_empty() || !matches!(&result, Err(Refusal::Device(error)) if error.lets_another_try()) {
+                return result;
+            }
+            let Errand { caller, operation, deadline, .. } = errand;
+            let ask = |(device, key): &(&Device, &FoundKey)| {
+                self.ask_for(Deed::Insert, device, key, &identity, caller, operation)
+            };
+            let asking: Vec<_> = absent.iter().map(ask).collect();
+            let back = person::any_is_back(absent.iter().map(|(device, _)| *device));
+            if timeout_at(*deadline, back).await.is_err() {
+                return Err(DeviceError::Absent.into());
+            }
+            drop(asking);
+            identity = self.check_same(caller, &identity)?;
+        }
+    }
+
+    /// The same, without waiting for a device; besides the result, the absent devices that may be waited for, with the
+    /// key on them.
+    async fn try_places<'a>(
+        self: &Arc<Self>,
+        identity: &'a Arc<Identity>,
+        errand: &Errand,
+        note: &mut Note,
+    ) -> (Result<Outcome, Refusal>, Vec<(&'a Device, &'a FoundKey)>) {
+        let (mut result, mut absent) = (Err(Refusal::NoSuchKey), Vec::new());
+        let now = unix_now();
+        let serves = |place: &&Place| {
+            place.grants.include(errand.needs)
+                && (place.is_for_ssh() || !errand.offered)
+                && place.is_out_of_use(now).is_none()
+        };
+        for place in identity.places.iter().filter(serves) {
+            note.set_device(place.key.place());
             result = self.use_place(identity, place, errand).await;
             match &result {
                 Err(Refusal::Device(error)) if error.lets_another_try() => {
                     debug!(key = %identity.name(), device = place.key.device(), "not in this place: {error}");
+                    if let PrivateKey::OnDevice(device, key) = &place.key
+                        && *error == DeviceError::Absent
+                        && device.settings().wait
+                    {
+                        absent.push((device, &**key));
+                    }
                 }
                 _ => break,
             }
         }
-        result
+        (result, absent)
     }
 
     async fn use_place(
@@ -222,7 +342,8 @@ impl Vault {
             PrivateKey::Soft(key) if key.is_fast() => Ok(key.operate(operation)?),
             PrivateKey::Soft(key) => {
                 let (key, operation) = (Arc::clone(key), operation.clone());
-                Ok(self.compute.run(caller.connection, move || key.operate(&operation)).await?)
+                let length = kind::length(key.key_type(), &identity.blob);
+                Ok(self.compute.run(caller.connection, length, move || key.operate(&operation)).await?)
             }
             PrivateKey::Sk(key) => match operation {
                 Operation::Sign { scheme: Scheme::Sk, input: Input::Message(data) } => {
@@ -231,6 +352,47 @@ impl Vault {
                 _ => Err(DeviceError::unsupported("a FIDO key makes ssh's signatures only").into()),
             },
             PrivateKey::OnDevice(device, key) => self.use_device(identity, device, key, errand).await,
+            PrivateKey::Stored(key) => self.use_stored(identity, key, errand).await,
+        }
+    }
+
+    /// Uses a key of the store, which is opened before where it is locked.
+    async fn use_stored(
+        self: &Arc<Self>,
+        identity: &Arc<Identity>,
+        key: &Arc<StoredKey>,
+        errand: &Errand,
+    ) -> Result<Outcome, Refusal> {
+        let Errand { caller, operation, .. } = errand;
+        let mut waited = false;
+        loop {
+            if !self.store_is_open() {
+                self.open_store(caller).await?;
+                waited = true;
+            }
+            if waited {
+                // Meanwhile it may have been deleted, or put under other constraints.
+                self.check_same(caller, identity)?;
+            }
+            match self.access.with_master(|master| key.open(master)) {
+                Ok(opened) => opened?,
+                // It was locked this moment.
+                Err(_) => continue,
+            }
+            self.access.note_use();
+            let result = if kind::is_fast(key.key_type()) {
+                key.operate(operation)
+            } else {
+                let (key, operation) = (Arc::clone(key), operation.clone());
+                let length = kind::length(key.key_type(), &identity.blob);
+                let work = move || key.operate(&operation).transpose();
+                self.compute.run(caller.connection, length, work).await.transpose()
+            };
+            // Nothing comes of it when the store was locked meanwhile, or the key deleted: once more, by the same ways.
+            if let Some(result) = result {
+                return Ok(result?);
+            }
+            waited = true;
         }
     }
 
@@ -239,30 +401,32 @@ impl Vault {
         self: &Arc<Self>,
         identity: &Arc<Identity>,
         device: &Device,
-        key: &FoundKey,
+        key: &Arc<FoundKey>,
         errand: &Errand,
     ) -> Result<Outcome, Refusal> {
         let Errand { caller, operation, deadline, waits_for_place, .. } = errand;
+        let mut key = Arc::clone(key);
         let patience = Patience { deadline: Some(*deadline), waits_for_place: *waits_for_place };
-        let notice = || {
-            let data = match operation {
-                Operation::Sign { input: Input::Message(data), .. } => data,
-                _ => &[][..],
-            };
-            let rules = &self.settings().rules;
-            key.touch
-                .then(|| self.prompter.notice(caller.uid, &policy::touch_notice(identity, caller, data, rules)))
-                .flatten()
-        };
         let mut logged_in = false;
         loop {
-            let shown = notice();
-            match device.operate(caller.connection, key, operation.clone(), patience).await {
-                Err(DeviceError::PinRequired) if !logged_in => {
-                    drop(shown);
-                    self.login(device, caller).await?;
-                    self.check_same(caller, identity)?;
+            let is_locked = device.state().status.as_ref().is_some_and(|status| status.locked);
+            let asks = key.touch && !is_locked && device.is_available();
+            let asking = asks.then(|| self.ask_for(Deed::Touch, device, &key, identity, caller, operation));
+            let result = device.operate(caller.connection, &key, operation.clone(), patience).await;
+            drop(asking);
+            match result {
+                Err(error @ (DeviceError::PinRequired | DeviceError::PinEachTime)) if !logged_in => {
+                    let wanted = if error == DeviceError::PinEachTime { WantedPin::GivenNow } else { WantedPin::Any };
+                    self.login(device, caller, wanted).await?;
+                    // A login may have shown what the key can do besides.
+                    let held = self.check_same(caller, identity)?;
+                    key = Arc::clone(held.on(device).ok_or(Refusal::NoSuchKey)?);
                     logged_in = true;
+                }
+                // The driver sent by itself what the token had accepted before.
+                Err(error @ (DeviceError::PinWrong { .. } | DeviceError::PinBlocked)) => {
+                    self.accepted_pin_refused(device).await;
+                    return Err(error.into());
                 }
                 result => return Ok(result?),
             }
@@ -299,10 +463,52 @@ impl Vault {
     }
 }
 
-/// The caller with its program's name, for a question to a person.
-pub(super) fn identified(caller: &Arc<Caller>) -> Arc<Caller> {
-    match (&caller.program, caller.pid) {
-        (None, Some(pid)) => Arc::new(Caller { program: peer::program(pid), ..Caller::clone(caller) }),
-        _ => Arc::clone(caller),
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::{
+        devices::{
+            Driver, Settings, Slot,
+            in_process::InProcess,
+            scripted::{Control, Script, Scripted},
+        },
+        prompt::{self, Prompter},
+        public_key::PublicKey,
+        vault::{Parts, registry::Terms, store::Store},
+    };
+
+    #[tokio::test]
+    async fn a_key_that_is_not_for_ssh_signs_for_ssh_only_where_it_grants_signatures() {
+        let parts = Parts::new(Prompter::new(prompt::Settings::default()), Store::in_memory().unwrap());
+        let vault = Vault::new(crate::vault::Settings::default(), parts);
+        let blob = PublicKey::Ed25519(&[1; 32]).to_blob();
+        let known = FoundKey {
+            slot: Slot([1].into()),
+            blob: blob.as_slice().into(),
+            certificates: Vec::new(),
+            label: String::new(),
+            schemes: vec![Scheme::Ed25519],
+            decrypts: Vec::new(),
+            derives: Vec::new(),
+            touch: false,
+            ssh: false,
+            note: String::new(),
+        };
+        let engine = || InProcess::<Scripted>::new(|| Control::new(Script::parse("").unwrap()));
+        let ask = || {
+            let asked = Asked::Ssh { data: b"data", rsa_hash: Hash::Sha256 };
+            let wanted = Use { blob: &blob, asked, deadline: None, offered: false, waits_for_place: false };
+            vault.operate(&Arc::new(Caller::default()), wanted)
+        };
+        let device = Device::start("one", Scripted::KIND, Settings::default(), engine());
+        let add = |device, grants| {
+            vault.add_device(device, Terms { grants, ..Terms::default() }, std::slice::from_ref(&known)).unwrap();
+        };
+        add(device, Grants { sign: false, ..Grants::ALL });
+        assert!(matches!(ask(), Answer::Now(Err(Refusal::NotGranted))));
+        let device = Device::start("two", Scripted::KIND, Settings::default(), engine());
+        add(device, Grants::ALL);
+        assert!(matches!(ask(), Answer::Later(_)));
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{key::Caller, policy::Refusal};
-use crate::{prompt::harmless, sys::peer};
+use crate::prompt::harmless;
 
 /// Refusals that are remembered for each uid.
 const MAX_OF_UID: usize = 64;
@@ -70,8 +70,7 @@ impl Why {
 }
 
 fn name(caller: &Caller) -> String {
-    let program = caller.program.clone().or_else(|| caller.pid.and_then(peer::program));
-    match (program, caller.pid) {
+    match (caller.program(), caller.pid) {
         (Some(program), Some(pid)) => format!("{} ({pid})", harmless(&program.to_string_lossy())),
         (None, Some(pid)) => format!("process {pid}"),
         (_, None) => "an unknown process".to_owned(),

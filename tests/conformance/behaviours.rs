@@ -3,13 +3,13 @@
 use std::{collections::HashSet, time::Duration};
 
 use strongroom::devices::{
-    DeviceError, FoundKey, Hash, Health, Input, MAX_LABEL, MAX_SLOT, Operation, Outcome, Patience, Scheme, Settings,
-    Signature, Slot,
+    Algorithm, DeviceError, FoundKey, Hash, Health, Input, MAX_LABEL, MAX_SLOT, NewKey, Operation, Outcome, Patience,
+    PrivateHalf, Scheme, Settings, Signature, Slot, soft::SoftParts,
 };
 use tokio::{task::JoinSet, time::Instant};
 
 use crate::{
-    subject::{Fault, Faulty, HasPin, Removable, Subject, settings},
+    subject::{Fault, Faulty, HasPin, MakesKeys, Removable, Subject, settings},
     verify,
 };
 
@@ -36,7 +36,7 @@ fn keys(subject: &impl Subject) -> Vec<FoundKey> {
 }
 
 /// The keys whose signatures can be verified by the hundred, with their schemes.
-fn quick_keys(subject: &impl Subject) -> Vec<(FoundKey, Scheme)> {
+fn quick_keys<S: Subject>(subject: &S) -> Vec<(FoundKey, Scheme)> {
     let quick = [Scheme::Ed25519, Scheme::Ecdsa(Hash::Sha256)];
     let scheme = |key: &FoundKey| quick.into_iter().find(|scheme| key.schemes.contains(scheme));
     let of_256_bits = |key: &FoundKey| {
@@ -44,7 +44,7 @@ fn quick_keys(subject: &impl Subject) -> Vec<(FoundKey, Scheme)> {
     };
     let keys: Vec<_> =
         keys(subject).into_iter().filter(of_256_bits).filter_map(|key| Some((key.clone(), scheme(&key)?))).collect();
-    assert!(keys.len() >= 2, "a subject has two quick keys");
+    assert!(keys.len() >= S::QUICK_KEYS, "{} quick keys", keys.len());
     keys
 }
 
@@ -161,6 +161,7 @@ pub(crate) async fn never_answers_one_request_with_anothers_result<S: Subject>()
     const REQUESTS: u64 = 400;
     let subject = std::sync::Arc::new(S::start(settings()).await);
     let keys = quick_keys(&*subject);
+    let before = subject.device().counters().done;
     let mut requests = JoinSet::new();
     for n in 0..REQUESTS {
         let subject = std::sync::Arc::clone(&subject);
@@ -177,7 +178,7 @@ pub(crate) async fn never_answers_one_request_with_anothers_result<S: Subject>()
     for (key, message, signature) in requests.join_all().await {
         assert!(verify::verifies_quickly(&key.blob, &message, &signature), "{}", String::from_utf8_lossy(&message));
     }
-    assert_eq!(subject.device().counters().done, REQUESTS);
+    assert_eq!(subject.device().counters().done - before, REQUESTS);
 }
 
 pub(crate) async fn asks_for_a_pin_and_no_try<S: HasPin>() {
@@ -299,6 +300,143 @@ pub(crate) async fn comes_back_when_it_dies<S: Faulty>() {
         recovers(&subject).await;
     }
     assert!(subject.device().counters().restarts >= 2);
+}
+
+/// The key that the device shows in this slot.
+fn shown(subject: &impl Subject, slot: &Slot) -> Option<FoundKey> {
+    keys(subject).into_iter().find(|key| key.slot == *slot)
+}
+
+/// Waits until the device itself was asked for its keys anew.
+async fn scanned(subject: &impl Subject) {
+    let before = subject.device().state().scan.clone().unwrap();
+    subject.device().probe();
+    let differs = |scan: &std::sync::Arc<_>| !std::sync::Arc::ptr_eq(scan, &before);
+    subject.becomes("scanned", |state| state.scan.as_ref().is_some_and(differs)).await;
+}
+
+/// Uses a key once, in whatever way it can be verified quickly.
+async fn signs_with(subject: &impl Subject, key: &FoundKey) {
+    let quick = [Scheme::Ed25519, Scheme::Ecdsa(Hash::Sha256), Scheme::RsaPkcs1v15(Hash::Sha256)];
+    let Some(scheme) = quick.into_iter().find(|scheme| key.schemes.contains(scheme)) else {
+        assert!(!key.decrypts.is_empty() || !key.derives.is_empty(), "a key can do something");
+        return;
+    };
+    let input = Input::Message(b"data".into());
+    let signature = sign(subject, key, scheme, input.clone()).await.unwrap();
+    assert!(verify::verifies(&key.blob, scheme, &input, &signature));
+}
+
+/// A key that is made is shown before the answer, works, and is the one that scans find; a new label shows, and a deleted
+/// key is gone, before their answers.
+pub(crate) async fn makes_names_and_deletes_keys<S: MakesKeys>() {
+    let subject = S::start_locked(settings()).await;
+    let device = subject.device();
+    device.unlock(S::PIN.into()).await.unwrap();
+    let patience = Patience::default();
+    for new in S::new_keys() {
+        let before = keys(&subject);
+        let made = device.generate(0, new.clone(), patience).await.unwrap();
+        assert!(before.iter().all(|key| key.blob != made.blob), "the key is a new one");
+        assert_eq!(shown(&subject, &made.slot).as_ref(), Some(&made));
+        assert!(!S::KEEPS_LABELS || made.label == new.label);
+        signs_with(&subject, &made).await;
+        scanned(&subject).await;
+        assert_eq!(shown(&subject, &made.slot).as_ref(), Some(&made), "as a scan finds it");
+
+        if S::KEEPS_LABELS {
+            device.rename(0, made.slot.clone(), "another name".to_owned(), patience).await.unwrap();
+            let renamed = FoundKey { label: "another name".to_owned(), ..made.clone() };
+            assert_eq!(shown(&subject, &made.slot).as_ref(), Some(&renamed));
+            scanned(&subject).await;
+            assert_eq!(shown(&subject, &made.slot), Some(renamed));
+        }
+        if S::DELETES {
+            device.delete(0, made.slot.clone(), patience).await.unwrap();
+            assert_eq!(shown(&subject, &made.slot), None);
+            scanned(&subject).await;
+            assert_eq!(keys(&subject), before);
+            let again = device.delete(0, made.slot.clone(), patience).await;
+            assert_eq!(again, Err(DeviceError::NoSuchKey));
+        }
+    }
+}
+
+/// Keys that are called something else while the device is looked at and others are used stay where they are.
+pub(crate) async fn keeps_keys_that_are_renamed_while_it_is_looked_at<S: MakesKeys>() {
+    let subject = S::start_locked(settings()).await;
+    let device = subject.device();
+    device.unlock(S::PIN.into()).await.unwrap();
+    let patience = Patience::default();
+    let mut made = Vec::new();
+    for new in S::new_keys().into_iter().take(2) {
+        made.push(device.generate(0, new, patience).await.unwrap());
+    }
+    for n in 0..100 {
+        for key in &made {
+            device.probe();
+            let used = async {
+                for key in &made {
+                    signs_with(&subject, key).await;
+                }
+            };
+            let named = device.rename(0, key.slot.clone(), format!("name {n}"), patience);
+            tokio::join!(used, named).1.unwrap();
+        }
+    }
+    scanned(&subject).await;
+    for key in made {
+        let renamed = FoundKey { label: "name 99".to_owned(), ..key };
+        assert_eq!(shown(&subject, &renamed.slot), Some(renamed));
+    }
+}
+
+/// P-256's generator: the private key is 1.
+const ONE_P256: &str = "046b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296\
+    4fe342e2fe1a7f9b8ee7eb4a7c0f9e162bce33576b315ececbb6406837bf51f5";
+
+pub(crate) async fn takes_a_key_that_was_made_elsewhere<S: MakesKeys>() {
+    let subject = S::start_locked(settings()).await;
+    let device = subject.device();
+    device.unlock(S::PIN.into()).await.unwrap();
+    let curve = strongroom::public_key::Curve::P256;
+    let point: Vec<u8> = (0..65).map(|at| u8::from_str_radix(&ONE_P256[2 * at..2 * at + 2], 16).unwrap()).collect();
+    let parts = SoftParts::Ecdsa { curve, scalar: &[1], point: &point };
+    let template = S::new_keys().swap_remove(0);
+    let new = NewKey { label: "brought".to_owned(), algorithm: Algorithm::Ecdsa(curve), ..template };
+    let made = device.import(0, new, PrivateHalf::of(&parts).unwrap(), Patience::default()).await.unwrap();
+    assert_eq!(*made.blob, parts.public().to_blob());
+    assert_eq!(shown(&subject, &made.slot).as_ref(), Some(&made));
+    signs_with(&subject, &made).await;
+    scanned(&subject).await;
+    assert_eq!(shown(&subject, &made.slot), Some(made));
+}
+
+pub(crate) async fn wants_its_pin_before_it_makes_a_key<S: MakesKeys>() {
+    let subject = S::start_locked(settings()).await;
+    let before = keys(&subject);
+    let new = S::new_keys().swap_remove(0);
+    assert_eq!(subject.device().generate(0, new, Patience::default()).await, Err(DeviceError::PinRequired));
+    scanned(&subject).await;
+    assert_eq!(keys(&subject), before);
+}
+
+pub(crate) async fn says_that_it_makes_no_keys<S: Subject>() {
+    let subject = S::start(settings()).await;
+    let (device, patience, before) = (subject.device(), Patience::default(), keys(&subject));
+    let new = NewKey::new("new", Algorithm::Ed25519);
+    let half = PrivateHalf::of(&SoftParts::Ed25519 { seed: &[1; 32], public: &[2; 32] }).unwrap();
+    let slot = before[0].slot.clone();
+    for result in [
+        device.generate(0, new.clone(), patience).await.map(drop),
+        device.import(0, new, half, patience).await.map(drop),
+        device.rename(0, slot.clone(), "name".to_owned(), patience).await,
+        device.delete(0, slot, patience).await,
+    ] {
+        assert!(matches!(result, Err(DeviceError::Unsupported(_))), "{result:?}");
+    }
+    assert_eq!(keys(&subject), before);
+    signs(&subject).await.unwrap();
 }
 
 /// Waits until a device whose fault is mended signs again.

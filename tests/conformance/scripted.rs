@@ -2,15 +2,18 @@
 
 use std::{fs, sync::Arc};
 
-use strongroom::devices::{
-    Device, Driver, Settings,
-    host::{Host, HostSettings},
-    in_process::InProcess as Engine,
-    scripted::{Control, Script, Scripted},
+use strongroom::{
+    devices::{
+        Algorithm, Device, Driver, NewKey, Settings,
+        host::{Host, HostSettings},
+        in_process::InProcess as Engine,
+        scripted::{Control, Script, Scripted},
+    },
+    public_key::Curve,
 };
 use tempfile::TempDir;
 
-use crate::subject::{Fault, Faulty, HasPin, Removable, Subject};
+use crate::subject::{Fault, Faulty, HasPin, MakesKeys, Removable, Subject};
 
 /// Every fault waits for its control.
 const SCRIPT: &str = "
@@ -120,6 +123,13 @@ impl Faulty for InProcess {
     }
 }
 
+impl MakesKeys for InProcess {
+    fn new_keys() -> Vec<NewKey> {
+        let algorithms = [Algorithm::Ed25519, Algorithm::Ecdsa(Curve::P256)];
+        algorithms.map(|algorithm| NewKey::new(format!("new {algorithm}"), algorithm)).into()
+    }
+}
+
 /// In a process of its own.
 pub(crate) struct InChild {
     /// Its controls.
@@ -164,6 +174,12 @@ impl HasPin for InChild {
 
     async fn start_locked(settings: Settings) -> Self {
         Self::with(LOCKED, settings).await
+    }
+}
+
+impl MakesKeys for InChild {
+    fn new_keys() -> Vec<NewKey> {
+        InProcess::new_keys()
     }
 }
 

@@ -41,8 +41,11 @@ impl Driver for Keys {
             decrypts: key.decrypts().to_vec(),
             derives: key.derives().to_vec(),
             touch: false,
+            ssh: true,
+            note: String::new(),
         };
-        Ok(Scan { keys: (0..).zip(&*self.0).map(found).collect(), complete: true, status: Status::default() })
+        let keys = (0..).zip(&*self.0).map(found).collect();
+        Ok(Scan { keys, complete: true, ..Scan::default() })
     }
 
     async fn sign(&self, slot: &Slot, scheme: Scheme, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {

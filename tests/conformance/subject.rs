@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use strongroom::devices::{Device, DeviceState, Health, Settings};
+use strongroom::devices::{Device, DeviceState, Health, NewKey, Settings};
 use tokio::time::timeout;
 
 /// Longer than anything here takes on a loaded machine; what is later than this hangs.
@@ -12,8 +12,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) trait Subject: Send + Sync + Sized + 'static {
     /// The fewest schemes that its keys claim together: less would be a test of nothing.
     const SCHEMES: usize;
+    /// The fewest keys of Ed25519 or P-256 that it has.
+    const QUICK_KEYS: usize = 2;
 
-    /// Starts one, unlocked, with at least two keys of Ed25519 or P-256, and perhaps others.
+    /// Starts one, unlocked, with these keys and perhaps others.
     async fn start(settings: Settings) -> Self;
 
     /// The device.
@@ -53,6 +55,18 @@ pub(crate) trait Removable: Subject {
 pub(crate) trait Faulty: Subject {
     /// From now on, or no more.
     fn fail(&self, fault: Fault, fails: bool);
+}
+
+/// A device that makes keys, takes them over, renames and deletes them.
+pub(crate) trait MakesKeys: HasPin {
+    /// Keys that it makes, one of each kind that the suite is to see; at least one of them is quick to verify. Their
+    /// labels differ.
+    fn new_keys() -> Vec<NewKey>;
+
+    /// Whether it keeps labels: an OpenPGP card does not.
+    const KEEPS_LABELS: bool = true;
+    /// Whether single keys can be deleted: not on an OpenPGP card.
+    const DELETES: bool = true;
 }
 
 /// How it fails when it signs.

@@ -270,7 +270,7 @@ impl Driver for Card {
         let complete = !matches!(fate, Fate::Lie(_));
         // What a scan that is not complete leaves out is not gone.
         let keys = keys.map(|key| keys::found(self.token.number, key)).skip(usize::from(!complete)).collect();
-        Ok(Scan { keys, complete, status: self.status() })
+        Ok(Scan { keys, complete, status: self.status(), ..Scan::default() })
     }
 
     async fn sign(&self, slot: &Slot, _: Scheme, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
@@ -394,7 +394,7 @@ impl Session for Alive {
         }
     }
 
-    async fn end(self) {
-        self.session.end().await;
+    async fn end(self, parting: Duration) {
+        self.session.end(parting).await;
     }
 }

@@ -122,5 +122,7 @@ pub fn found(device: usize, key: usize) -> FoundKey {
         decrypts: Vec::new(),
         derives: Vec::new(),
         touch: key == touched(device),
+        ssh: true,
+        note: String::new(),
     }
 }

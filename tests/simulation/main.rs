@@ -34,6 +34,7 @@ use strongroom::{
     rfc4251::Put,
     vault::{
         Answer, Asked as AskedFor, Parts, Settings, Use, Vault,
+        audit::Audit,
         key::{Caller, Grants},
         registry::Terms,
         seal::Cost,
@@ -84,7 +85,7 @@ async fn simulate(seed: u64) -> Run {
     let vault = vault(seed, &tokens, &world);
     for (n, (plan, token)) in plan.devices.iter().zip(&tokens).enumerate() {
         let device = Device::start(format!("device{n}"), "card", plan.settings.clone(), Mortal::new(token));
-        vault.add_device(device, Terms { grants: Grants::ALL, ..Terms::default() }, &[]);
+        vault.add_device(device, Terms { grants: Grants::ALL, ..Terms::default() }, &[]).unwrap();
     }
     let mut clients =
         Clients { world: Arc::clone(&world), vault: Arc::clone(&vault), ends: Vec::new(), lines: Vec::new(), made: 0 };
@@ -147,8 +148,14 @@ async fn simulate(seed: u64) -> Run {
 fn vault(seed: u64, tokens: &[Arc<Token>], world: &Arc<World>) -> Arc<Vault> {
     let person = Person::new(seed, tokens.to_vec(), Arc::clone(world));
     let prompter = Prompter::through(prompt::Settings { timeout: PERSON, ..prompt::Settings::default() }, person);
-    let parts =
-        Parts { prompter, store: Store::in_memory().unwrap(), compute: Compute::inline(), lock_cost: Cost::least() };
+    let parts = Parts {
+        prompter,
+        store: Store::in_memory().unwrap(),
+        audit: Audit::off(),
+        compute: Compute::inline(),
+        lock_cost: Cost::least(),
+        slot_time: Duration::ZERO,
+    };
     Vault::new(Settings { person_deadline: PERSON, ..Settings::default() }, parts)
 }
 
@@ -192,6 +199,7 @@ async fn use_key(
         blob: &keys::all()[key].blob,
         asked: AskedFor::Ssh { data: &data, rsa_hash: strongroom::devices::Hash::Sha256 },
         deadline: deadline.map(|deadline| Instant::now() + deadline),
+        offered: true,
         waits_for_place: true,
     };
     let result = match vault.operate(&Arc::default(), wanted) {

@@ -106,9 +106,11 @@ impl DevicePlan {
             queue: random.pick(&[1, 2, 4, 1024]),
             timeout: Duration::from_millis(random.pick(&[500, 2_000, 5_000])),
             touch_timeout: Duration::from_secs(30),
+            generate_timeout: Duration::from_secs(120),
             open_timeout: Duration::from_secs(random.pick(&[3, 30])),
             grace: Duration::from_millis(random.pick(&[100, 1_000])),
             probe: Duration::from_secs(5),
+            wait: false,
         };
         Self { settings, lanes: random.between(1, 4) as usize, has_pin: random.percent(40) }
     }

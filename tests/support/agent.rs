@@ -106,29 +106,34 @@ impl Agent {
 
     /// Whether `secret` stands anywhere in the process's memory. Only root may look.
     pub fn memory_contains(&self, secret: &[u8]) -> bool {
-        let maps = fs::read_to_string(format!("/proc/{}/maps", self.pid())).expect("the agent's maps");
-        let mut memory = File::open(format!("/proc/{}/mem", self.pid())).expect("reading memory takes root");
-        let mut bytes = Vec::new();
-        let mut readable = 0;
-        for line in maps.lines() {
-            let mut fields = line.split_whitespace();
-            let (range, mode) = (fields.next().expect("a range"), fields.next().expect("a mode"));
-            let (from, to) = range.split_once('-').expect("a range");
-            let [from, to] = [from, to].map(|n| u64::from_str_radix(n, 16).expect("an address"));
-            if !mode.starts_with('r') || memory.seek(SeekFrom::Start(from)).is_err() {
-                continue;
-            }
-            bytes.resize(usize::try_from(to - from).expect("a size"), 0);
-            if memory.read_exact(&mut bytes).is_ok() {
-                readable += 1;
-                if contains(&bytes, secret) {
-                    return true;
-                }
+        memory_contains(self.pid(), secret)
+    }
+}
+
+/// Whether `secret` stands anywhere in a process's memory. Only root may look.
+pub fn memory_contains(pid: u32, secret: &[u8]) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the agent's maps");
+    let mut memory = File::open(format!("/proc/{pid}/mem")).expect("reading memory takes root");
+    let mut bytes = Vec::new();
+    let mut readable = 0;
+    for line in maps.lines() {
+        let mut fields = line.split_whitespace();
+        let (range, mode) = (fields.next().expect("a range"), fields.next().expect("a mode"));
+        let (from, to) = range.split_once('-').expect("a range");
+        let [from, to] = [from, to].map(|n| u64::from_str_radix(n, 16).expect("an address"));
+        if !mode.starts_with('r') || memory.seek(SeekFrom::Start(from)).is_err() {
+            continue;
+        }
+        bytes.resize(usize::try_from(to - from).expect("a size"), 0);
+        if memory.read_exact(&mut bytes).is_ok() {
+            readable += 1;
+            if contains(&bytes, secret) {
+                return true;
             }
         }
-        assert!(readable > 10, "only {readable} regions could be read");
-        false
     }
+    assert!(readable > 10, "only {readable} regions could be read");
+    false
 }
 
 /// Whether `needle` stands in `haystack`: compared only where the first byte fits, since tests run unoptimised.

@@ -149,6 +149,18 @@ impl Client {
         Self { stream }
     }
 
+    /// Connects as another user, which only root can play.
+    pub fn connect_as(socket: &Path, uid: u32) -> Self {
+        let socket = socket.to_owned();
+        // The credentials are those of the thread that connects, and end with it.
+        let connecting = std::thread::spawn(move || {
+            let uid = rustix::process::Uid::from_raw(uid);
+            rustix::thread::set_thread_res_uid(uid, uid, uid).expect("root plays another user");
+            Self::connect(&socket)
+        });
+        connecting.join().expect("the agent accepts")
+    }
+
     /// The socket, to end the connection from elsewhere.
     pub fn socket(&self) -> UnixStream {
         self.stream.try_clone().expect("a descriptor")

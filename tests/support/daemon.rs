@@ -2,16 +2,23 @@
 
 use std::{
     fs::{self, File},
-    os::unix::net::UnixDatagram,
+    os::unix::{fs::PermissionsExt, net::UnixDatagram},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
 };
 
 use rustix::process::{Pid, Signal, kill_process};
+use strongroom::vault::{
+    audit::{
+        self,
+        verify::{Report, verify},
+    },
+    store::Store,
+};
 use tempfile::TempDir;
 
-use super::{Outcome, PATH, PATIENCE, askpass::Askpass, client::Client, command, run};
+use super::{Outcome, PATH, PATIENCE, askpass::Askpass, client::Client, command, pcsc::Room, run};
 
 /// A directory with a configuration, in which a daemon runs, and runs again.
 pub struct Home {
@@ -19,6 +26,8 @@ pub struct Home {
     notifications: UnixDatagram,
     config: String,
     environment: Vec<(String, String)>,
+    /// The words before the daemon's.
+    door: Vec<String>,
 }
 
 /// A daemon that lives as long as this value.
@@ -34,13 +43,14 @@ impl Home {
         let notifications = UnixDatagram::bind(dir.path().join("notify")).expect("a socket");
         notifications.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let path = |name: &str| dir.path().join(name).display().to_string();
+        // What cards are in the machine's readers is none of a test's business.
         let config = format!(
-            "state = {:?}\n[[listen]]\ndoor = \"ssh\"\npath = {:?}\n[[listen]]\ndoor = \"service\"\npath = {:?}\n",
+            "state = {:?}\n[openpgp]\nfind = false\n[[listen]]\ndoor = \"ssh\"\npath = {:?}\n[[listen]]\ndoor = \"service\"\npath = {:?}\n",
             path("state"),
             path("agent"),
             path("service")
         );
-        Self { dir, notifications, config, environment: Vec::new() }
+        Self { dir, notifications, config, environment: Vec::new(), door: vec!["/usr/bin/env".to_owned()] }
     }
 
     /// Adds lines to the end of the configuration.
@@ -69,6 +79,17 @@ impl Home {
         self.environment.push((name.to_owned(), value.as_ref().display().to_string()));
     }
 
+    /// Has the daemon run in this room, where the cards are.
+    pub fn enter(&mut self, room: &Room) {
+        self.door = room.door(self.dir.path());
+        self.config = self.config.replace("[openpgp]\nfind = false\n", "");
+    }
+
+    /// Lets other users reach the sockets whose mode does.
+    pub fn open_to_others(&self) {
+        fs::set_permissions(self.dir.path(), fs::Permissions::from_mode(0o711)).expect("its mode");
+    }
+
     /// Has the daemon ask this program.
     pub fn askpass(&mut self, askpass: &Askpass) {
         self.env("SSH_ASKPASS", askpass.program());
@@ -85,8 +106,9 @@ impl Home {
         let config = self.path("config.toml");
         fs::write(&config, &self.config).expect("a configuration");
         let log = File::options().create(true).append(true).open(self.path("log")).expect("a log");
-        let child = Command::new(env!("CARGO_BIN_EXE_strongroom"))
-            .args(["agent", "--config"])
+        let child = Command::new(&self.door[0])
+            .args(&self.door[1..])
+            .args([env!("CARGO_BIN_EXE_strongroom"), "agent", "--config"])
             .arg(&config)
             .current_dir(self.dir.path())
             .env_clear()
@@ -110,6 +132,24 @@ impl Home {
         String::from_utf8_lossy(&message[..length]).trim_end().to_owned()
     }
 
+    /// Where the audit log is.
+    pub fn audit_directory(&self) -> PathBuf {
+        self.path("state/audit")
+    }
+
+    /// What is in the audit log.
+    pub fn audit(&self) -> String {
+        let directory = self.audit_directory();
+        let numbers = audit::numbers(&directory).unwrap_or_default();
+        numbers.iter().map(|n| fs::read_to_string(audit::path_of(&directory, *n)).unwrap_or_default()).collect()
+    }
+
+    /// Holds the audit log against its head, while no daemon runs.
+    pub fn verify_audit(&self) -> Report {
+        let head = Store::audit_head_in(&self.path("state")).expect("a state file");
+        verify(&self.audit_directory(), Some(&head.expect("a head")), &[]).expect("a log")
+    }
+
     /// What all daemons here have logged so far.
     pub fn log(&self) -> String {
         fs::read_to_string(self.path("log")).unwrap_or_default()
@@ -120,6 +160,11 @@ impl Daemon<'_> {
     /// The process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Where it runs.
+    pub fn home(&self) -> &Home {
+        self.home
     }
 
     /// A new connection to the ssh door.
@@ -150,8 +195,13 @@ impl Daemon<'_> {
     }
 
     /// Sends a signal and waits for the end.
-    pub fn end(mut self, signal: Signal) -> ExitStatus {
+    pub fn end(self, signal: Signal) -> ExitStatus {
         self.signal(signal);
+        self.wait()
+    }
+
+    /// Waits for the end.
+    pub fn wait(mut self) -> ExitStatus {
         self.child.wait().expect("the daemon's end")
     }
 

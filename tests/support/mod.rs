@@ -6,11 +6,19 @@
 
 pub mod agent;
 pub mod askpass;
+pub mod bad_module;
+pub mod c;
 pub mod client;
 pub mod daemon;
+pub mod faults;
+pub mod gpg;
+pub mod pcsc;
 pub mod service;
 pub mod soft;
+pub mod softhsm;
 pub mod sshd;
+pub mod terminal;
+pub mod tpm;
 
 use std::{
     fs,
@@ -104,6 +112,12 @@ pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 pub fn script(path: &Path, body: &str) {
     fs::write(path, format!("#!/bin/sh\n{body}\n")).expect("a script");
     fs::set_permissions(path, fs::Permissions::from_mode(0o700)).expect("its mode");
+}
+
+/// A library of the system's, wherever this machine's architecture has it.
+pub fn library(name: &str) -> PathBuf {
+    let mut places = fs::read_dir("/usr/lib").expect("libraries").flatten().map(|entry| entry.path());
+    places.find_map(|dir| Some(dir.join(name)).filter(|file| file.exists())).unwrap_or_else(|| panic!("no {name}"))
 }
 
 /// Asks `condition` again and again until it holds: for what nobody announces.

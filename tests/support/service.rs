@@ -1,17 +1,22 @@
 //! Our messages over a connection of a test, through the codecs that tests/protocol_vectors.rs holds to the specification.
 
-use std::{io::Write, time::Duration};
+use std::{io::Write, sync::LazyLock, time::Duration};
 
 use strongroom::{
     agent::message::{
-        Answer, Code, Collect, Collected, Failure, Finished, How, KeyUse, Name, Paging, ReplyError, Request, Submit,
-        Target, compatible, read_reply,
+        Answer, Code, Collect, Collected, Failure, Finished, How, KeyUse, Name, NewSlot, Paging, ReplyError, Request,
+        StoreRequest, StoredRequest, Submit, Target, compatible, read_reply,
     },
-    devices::{DecryptScheme, DeriveScheme, Hash, Input, Operation, Scheme},
+    devices::{Algorithm, CardChange, DecryptScheme, DeriveScheme, Hash, Input, NewKey, Operation, Scheme},
+    vault::{
+        MEMORY, Move,
+        key::Grants,
+        stored::{ExportForm, KeyChange, NewStored},
+    },
 };
 use zeroize::Zeroizing;
 
-use super::client::{Client, EXTENSION, message, take};
+use super::client::{Client, EXTENSION, message, put, take};
 
 /// A signature, a plaintext, a secret or random bytes.
 pub type Bytes = Zeroizing<Vec<u8>>;
@@ -91,6 +96,12 @@ impl Client {
     pub fn ask(&mut self, request: &Request<'_>) -> Reply {
         self.tell(request);
         self.hear(request.name())
+    }
+
+    /// The same of a daemon that may be gone: then `None`.
+    pub fn try_ask(&mut self, request: &Request<'_>) -> Option<Reply> {
+        self.stream.write_all(&frame_of(request)).ok()?;
+        Some(Reply { name: request.name(), body: self.receive().ok()? })
     }
 
     /// Submits and is accepted.
@@ -180,6 +191,13 @@ pub fn derive<'a>(key: &'a [u8], scheme: DeriveScheme, peer: &'a [u8]) -> KeyUse
     KeyUse { key, how: How::Operation(Operation::Derive { scheme, peer: peer.into() }) }
 }
 
+/// An X25519 key's private half, which no test needs to fit its public one.
+static PRIVATE: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let mut private = Vec::new();
+    [&b"x25519@spec.torproject.org"[..], &[7; 32], &[7; 32]].into_iter().for_each(|field| put(&mut private, field));
+    private
+});
+
 /// A request of each name, well formed.
 pub fn one_of_each(key: &[u8]) -> Vec<Request<'_>> {
     vec![
@@ -196,7 +214,54 @@ pub fn one_of_each(key: &[u8]) -> Vec<Request<'_>> {
         Request::Forget(Target::Device("token")),
         why(),
         Request::Random { len: 1, device: "" },
+        Request::Audit { flush: false },
+        Request::Check(ssh(key, b"data")),
+        Request::Generate {
+            deadline: None,
+            device: "token",
+            new: NewKey::new("new", Algorithm::Ed25519),
+            terms: NewStored::default(),
+        },
+        Request::Import { deadline: None, key, to: to("token") },
+        Request::Rename { key, name: "name" },
+        Request::Allow { key, operations: Grants::ALL, proof: None },
+        Request::CardStatus("token"),
+        Request::ChangeCard("token", CardChange::FactoryReset { serial: String::new() }),
+        Request::Delete { key, device: MEMORY, name: "name", proof: None },
+        Request::Store(StoreRequest::Status),
+        Request::Store(StoreRequest::Init { passphrase: "passphrase".into(), recovery: true }),
+        Request::Store(StoreRequest::AddSlot { proof: "passphrase".into(), label: "label", add: NewSlot::Recovery }),
+        Request::Store(StoreRequest::RemoveSlot { proof: "passphrase".into(), number: 0 }),
+        Request::Store(StoreRequest::ChangePassphrase { old: "passphrase".into(), new: "another".into() }),
+        Request::Stored(StoredRequest::Import {
+            key: &PRIVATE,
+            comment: b"comment",
+            label: "label",
+            confirm: false,
+            terms: NewStored::default(),
+        }),
+        Request::Stored(StoredRequest::Set { key, proof: None, change: KeyChange::Disable }),
+        Request::Stored(StoredRequest::Attach(key)),
+        Request::Stored(StoredRequest::Export {
+            key,
+            proof: None,
+            form: ExportForm::OpenSsh,
+            passphrase: "passphrase".into(),
+        }),
+        Request::Stored(StoredRequest::Rotate { key, retires: None }),
     ]
+}
+
+/// A move to a device, and all else as it likes it.
+pub fn to(device: &str) -> Move {
+    Move {
+        device: device.to_owned(),
+        label: String::new(),
+        slot: None,
+        touch: None,
+        secret: None,
+        terms: NewStored::default(),
+    }
 }
 
 /// The names that `query` lists.

@@ -7,6 +7,7 @@ use zeroize::Zeroizing;
 use super::{Code, Failure, put_outcome};
 use crate::{
     agent::frame::MAX_FRAME,
+    devices::{CardStatus, card::CardFormError},
     rfc4251::{Put, Reader, WireError},
 };
 
@@ -48,7 +49,7 @@ pub fn fitting<'a, T: Entry<'a>>(entries: impl IntoIterator<Item = T>, max: u32)
 }
 
 /// Appends `uint32 n` and `n` times `string entry`: whoever knows fewer fields of an entry skips the rest.
-fn put_entries<'a, T: Entry<'a>>(out: &mut Vec<u8>, entries: &[T]) {
+pub(super) fn put_entries<'a, T: Entry<'a>>(out: &mut Vec<u8>, entries: &[T]) {
     out.put_u32(count(entries.len()));
     for entry in entries {
         out.put_u32(count(entry.encoded_len()));
@@ -60,7 +61,7 @@ fn entries_len<'a, T: Entry<'a>>(entries: &[T]) -> usize {
     4 + entries.iter().map(|entry| 4 + entry.encoded_len()).sum::<usize>()
 }
 
-fn read_entries<'a, T: Entry<'a>>(r: &mut Reader<'a>) -> Result<Vec<T>, WireError> {
+pub(super) fn read_entries<'a, T: Entry<'a>>(r: &mut Reader<'a>) -> Result<Vec<T>, WireError> {
     read_list(r, |r| T::read(&mut Reader::new(r.string()?)))
 }
 
@@ -164,6 +165,14 @@ pub struct KeyEntry<'a> {
     pub password: &'a str,
     /// Under what conditions it is used: `confirm`, `destination`, `lifetime`, `touch`.
     pub constraints: Vec<&'a str>,
+    /// What else people may want to know of it.
+    pub note: &'a str,
+    /// When it came into the store, in seconds since 1970; 0 for a key that is not there.
+    pub created: u64,
+    /// From when on it is not used, in seconds since 1970; 0: nothing says so.
+    pub not_after: u64,
+    /// What is true of a key of the store: `exportable`, `retired`.
+    pub traits: Vec<&'a str>,
 }
 
 /// A device that has the key.
@@ -192,6 +201,9 @@ impl<'a> Answer<'a> for KeyEntry<'a> {
         }
         out.put_string(self.password.as_bytes());
         put_names(out, &self.constraints);
+        out.put_string(self.note.as_bytes());
+        [self.created, self.not_after].into_iter().for_each(|time| out.put_u64(time));
+        put_names(out, &self.traits);
     }
 
     fn read(r: &mut Reader<'a>) -> Result<Self, WireError> {
@@ -207,6 +219,11 @@ impl<'a> Answer<'a> for KeyEntry<'a> {
             derives: read_names(r)?,
             password: read_text(r)?,
             constraints: read_names(r)?,
+            note: read_text(r)?,
+            // An older daemon's entry ends here.
+            created: if r.is_empty() { 0 } else { r.u64()? },
+            not_after: if r.is_empty() { 0 } else { r.u64()? },
+            traits: if r.is_empty() { Vec::new() } else { read_names(r)? },
         })
     }
 }
@@ -222,7 +239,7 @@ fn read_names<'a>(r: &mut Reader<'a>) -> Result<Vec<&'a str>, WireError> {
     Ok(read_text(r)?.split(',').filter(|name| !name.is_empty()).collect())
 }
 
-fn read_text<'a>(r: &mut Reader<'a>) -> Result<&'a str, WireError> {
+pub(super) fn read_text<'a>(r: &mut Reader<'a>) -> Result<&'a str, WireError> {
     std::str::from_utf8(r.string()?).map_err(|_| WireError::NotText)
 }
 
@@ -289,6 +306,12 @@ pub struct DeviceEntry<'a> {
     pub timed_out: u64,
     /// How often it was restarted.
     pub restarts: u64,
+    /// What people should know of it: keys that are left out, and why; at most 32.
+    pub notes: Vec<&'a str>,
+    /// What a person is to do at it now: `touch`, `insert`, or nothing.
+    pub wants: &'a str,
+    /// For which request, where it is this caller's.
+    pub wanted_for: &'a str,
 }
 
 /// `tries_left` where the device does not say.
@@ -303,6 +326,10 @@ impl<'a> Answer<'a> for DeviceEntry<'a> {
         out.put_string(self.pin.as_str().as_bytes());
         out.put_u32(self.tries_left.unwrap_or(UNKNOWN));
         [self.done, self.failed, self.timed_out, self.restarts].into_iter().for_each(|n| out.put_u64(n));
+        out.put_u32(count(self.notes.len()));
+        self.notes.iter().for_each(|note| out.put_string(note.as_bytes()));
+        out.put_string(self.wants.as_bytes());
+        out.put_string(self.wanted_for.as_bytes());
     }
 
     fn read(r: &mut Reader<'a>) -> Result<Self, WireError> {
@@ -321,6 +348,9 @@ impl<'a> Answer<'a> for DeviceEntry<'a> {
             failed: r.u64()?,
             timed_out: r.u64()?,
             restarts: r.u64()?,
+            notes: read_list(r, read_text)?,
+            wants: read_text(r)?,
+            wanted_for: read_text(r)?,
         })
     }
 }
@@ -466,5 +496,57 @@ impl Answer<'_> for Cancelled {
     fn read(r: &mut Reader<'_>) -> Result<Self, WireError> {
         let name = r.string()?;
         Ok(Self::ALL.into_iter().find(|what| what.as_str().as_bytes() == name).unwrap_or(Self::Unknown))
+    }
+}
+
+impl<'a> Answer<'a> for CardStatus {
+    fn put(&self, out: &mut Vec<u8>) {
+        Self::put(self, out);
+    }
+
+    fn read(r: &mut Reader<'a>) -> Result<Self, WireError> {
+        Self::read(r).map_err(CardFormError::as_wire_error)
+    }
+}
+
+/// The public half of a key that was made, or moved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Made<'a> {
+    /// The public key's blob.
+    pub blob: &'a [u8],
+    /// The same as a SubjectPublicKeyInfo in DER (RFC 5280, 4.1.2.7).
+    pub spki: &'a [u8],
+    /// The SHA-1 of its subjectPublicKey's bits: 20 bytes (RFC 5280, 4.2.1.2, method 1).
+    pub identifier: &'a [u8],
+}
+
+impl<'a> Answer<'a> for Made<'a> {
+    fn put(&self, out: &mut Vec<u8>) {
+        [self.blob, self.spki, self.identifier].into_iter().for_each(|bytes| out.put_string(bytes));
+    }
+
+    fn read(r: &mut Reader<'a>) -> Result<Self, WireError> {
+        Ok(Self { blob: r.string()?, spki: r.string()?, identifier: r.string()? })
+    }
+}
+
+/// What would become of a use that is allowed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checked<'a> {
+    /// `allow`, or `confirm` where a person would be asked first.
+    pub verdict: &'a str,
+    /// The first place that could do it now: a device's id, `memory` or `fido`.
+    pub device: &'a str,
+    /// For a person: what they would be asked; may be empty.
+    pub note: &'a str,
+}
+
+impl<'a> Answer<'a> for Checked<'a> {
+    fn put(&self, out: &mut Vec<u8>) {
+        [self.verdict, self.device, self.note].into_iter().for_each(|text| out.put_string(text.as_bytes()));
+    }
+
+    fn read(r: &mut Reader<'a>) -> Result<Self, WireError> {
+        Ok(Self { verdict: read_text(r)?, device: read_text(r)?, note: read_text(r)? })
     }
 }

@@ -1,5 +1,4 @@
-//! Why a request of ours was not done: the closed list of reason codes, and the failure that carries one. Knows every
-//! reason of the vault and of devices, and no bytes but those of a failure.
+//! Why a request of ours was not done: the failure that carries a reason code. Knows no bytes but its own.
 
 use crate::{
     devices::DeviceError,
@@ -7,133 +6,14 @@ use crate::{
     vault::policy::Refusal,
 };
 
+pub use crate::vault::reason::Code;
+
 /// The longest message of a failure, in bytes.
 pub const MAX_MESSAGE: usize = 1024;
 /// How long to wait before asking again what was refused as [`Code::Busy`], in milliseconds.
 const BUSY_PAUSE_MS: u32 = 200;
 /// `tries_left` where the device does not say.
 const UNKNOWN: u32 = u32::MAX;
-
-macro_rules! codes {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// A reason. What the caller can do about each is in docs/protocol.md, too.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum Code {
-            $($(#[$doc])* $variant,)*
-        }
-
-        impl Code {
-            /// Every code.
-            pub const ALL: &[Self] = &[$(Self::$variant),*];
-
-            /// Its name on the wire.
-            pub fn as_str(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $name,)*
-                }
-            }
-        }
-    };
-}
-
-codes! {
-    /// The vault is sealed by `ssh-add -x`: unlock it and ask again.
-    Locked = "locked",
-    /// There is no lock to undo.
-    NotLocked = "not_locked",
-    /// The vault's unlock password is wrong; the next attempt waits longer.
-    WrongPassword = "wrong_password",
-    /// No such key or device, or none that this caller may know of: list what there is.
-    NoSuchKey = "no_such_key",
-    /// The device wants a PIN: `unlock` it and ask again.
-    PinRequired = "pin_required",
-    /// The PIN was refused and a try is spent: never send the same one again.
-    PinWrong = "pin_wrong",
-    /// No try is left: only the device's own tools help.
-    PinBlocked = "pin_blocked",
-    /// Nobody touched the device: ask again when somebody is there.
-    NotTouched = "not_touched",
-    /// The device is not connected: ask again once it is.
-    Absent = "absent",
-    /// Too much is waiting: ask again after `retry_after_ms`.
-    Busy = "busy",
-    /// The deadline passed. Whether the device did the work is not known.
-    Timeout = "timeout",
-    /// The device was restarted with the request inside it: ask again.
-    Restarted = "restarted",
-    /// The key, device or daemon cannot do this, now or ever.
-    Unsupported = "unsupported",
-    /// The input is longer than the device takes: hash it first, where the scheme allows.
-    TooLong = "too_long",
-    /// A person said no, or this connection is shut out: do not ask again.
-    Denied = "denied",
-    /// The request was given up before it was done: the daemon ends, or the key or its device was taken away.
-    Cancelled = "cancelled",
-    /// The key's constraints, its grants or the rules are against it: ask for something else, or from elsewhere.
-    NotPermitted = "not_permitted",
-    /// The request reads well and makes no sense: mend the program.
-    BadRequest = "bad_request",
-    /// A person should be asked and cannot be: give the daemon an askpass program.
-    NoPrompt = "no_prompt",
-    /// The vault holds as much as it can: remove something.
-    Full = "full",
-    /// Anything else: the message is for a person.
-    Failed = "failed",
-}
-
-impl Code {
-    /// The code with this name.
-    pub fn from_name(name: &[u8]) -> Option<Self> {
-        Self::ALL.iter().copied().find(|code| code.as_str().as_bytes() == name)
-    }
-}
-
-impl From<&DeviceError> for Code {
-    fn from(error: &DeviceError) -> Self {
-        match error {
-            DeviceError::Sealed => Self::Locked,
-            DeviceError::PinRequired => Self::PinRequired,
-            DeviceError::PinWrong { .. } => Self::PinWrong,
-            DeviceError::PinBlocked => Self::PinBlocked,
-            DeviceError::NotTouched => Self::NotTouched,
-            DeviceError::NoSuchKey => Self::NoSuchKey,
-            DeviceError::Absent => Self::Absent,
-            DeviceError::Unsupported(_) => Self::Unsupported,
-            DeviceError::TooLong { .. } => Self::TooLong,
-            DeviceError::Busy => Self::Busy,
-            DeviceError::Timeout => Self::Timeout,
-            DeviceError::Restarted => Self::Restarted,
-            DeviceError::Failed(_) => Self::Failed,
-        }
-    }
-}
-
-impl From<&Refusal> for Code {
-    fn from(refusal: &Refusal) -> Self {
-        match refusal {
-            Refusal::Locked => Self::Locked,
-            Refusal::NotLocked => Self::NotLocked,
-            Refusal::WrongPassword => Self::WrongPassword,
-            Refusal::NoSuchKey => Self::NoSuchKey,
-            Refusal::NotPermitted(_) | Refusal::NotForForwarded | Refusal::NotWebsafe | Refusal::Provider(_) => {
-                Self::NotPermitted
-            }
-            Refusal::OnDevice(_) | Refusal::NotGranted => Self::NotPermitted,
-            Refusal::NoSuchDevice => Self::NoSuchKey,
-            Refusal::Ending => Self::Cancelled,
-            Refusal::LastTry(_) | Refusal::PinUncertain(_) => Self::PinRequired,
-            Refusal::PinRefusedBefore(_) => Self::PinWrong,
-            Refusal::NoPin(_) => Self::NoPrompt,
-            Refusal::Denied => Self::Denied,
-            Refusal::NoPrompt(_) => Self::NoPrompt,
-            Refusal::TooManyPrompts => Self::Busy,
-            Refusal::EmptyPassword | Refusal::Constraint(_) => Self::BadRequest,
-            Refusal::Full => Self::Full,
-            Refusal::Timeout => Self::Timeout,
-            Refusal::Device(error) => error.into(),
-        }
-    }
-}
 
 /// Why a request was not done, as its caller is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -185,7 +65,11 @@ impl Failure {
 
 impl From<&Refusal> for Failure {
     fn from(refusal: &Refusal) -> Self {
-        let tries_left = match refusal {
+        let mut of = refusal;
+        while let Refusal::At(_, inner) = of {
+            of = inner;
+        }
+        let tries_left = match of {
             Refusal::Device(DeviceError::PinWrong { left }) => left.map(u32::from),
             Refusal::Device(DeviceError::PinBlocked) => Some(0),
             _ => None,
@@ -204,15 +88,6 @@ impl From<&DeviceError> for Failure {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_are_unique_and_known() {
-        for (n, code) in Code::ALL.iter().enumerate() {
-            assert_eq!(Code::from_name(code.as_str().as_bytes()), Some(*code));
-            assert!(Code::ALL[..n].iter().all(|other| other.as_str() != code.as_str()));
-        }
-        assert_eq!(Code::from_name(b"Locked"), None);
-    }
 
     #[test]
     fn a_refusal_says_what_to_do_next() {

@@ -180,31 +180,6 @@ pub fn read_result(name: Name, body: &[u8]) -> Result<Option<&[u8]>, WireError> 
     r.string().map(Some)
 }
 
-/// `r ‖ s` as the DER that pivy's clients expect of a signed digest (RFC 3279, section 2.2.3).
-pub fn ecdsa_der(signature: &[u8]) -> Vec<u8> {
-    let (r, s) = signature.split_at(signature.len() / 2);
-    let mut integers = Vec::with_capacity(signature.len() + 8);
-    for magnitude in [r, s] {
-        let digits = &magnitude[magnitude.iter().take_while(|&&byte| byte == 0).count()..];
-        let sign = digits.first().is_none_or(|byte| byte & 0x80 != 0);
-        put_der(&mut integers, 0x02, &[if sign { &[0][..] } else { &[] }, digits].concat());
-    }
-    let mut out = Vec::with_capacity(integers.len() + 3);
-    put_der(&mut out, 0x30, &integers);
-    out
-}
-
-/// Nothing in an ECDSA signature is longer than 255 bytes.
-fn put_der(out: &mut Vec<u8>, tag: u8, value: &[u8]) {
-    let len = u8::try_from(value.len()).unwrap_or(u8::MAX);
-    out.push(tag);
-    if len >= 0x80 {
-        out.push(0x81);
-    }
-    out.push(len);
-    out.extend_from_slice(value);
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -244,12 +219,5 @@ mod tests {
                 prop_assert_eq!(read_result(name, &frame[4..]), Ok(Some(&result[..])));
             }
         }
-    }
-
-    #[test]
-    fn der_is_what_openssl_writes() {
-        assert_eq!(ecdsa_der(&[0, 1, 0x80, 0]), [0x30, 8, 2, 1, 1, 2, 3, 0, 0x80, 0]);
-        let long = ecdsa_der(&[0xff; 132]);
-        assert_eq!((&long[..6], long.len()), (&[0x30, 0x81, 138, 2, 67, 0][..], 141));
     }
 }

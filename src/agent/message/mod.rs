@@ -5,21 +5,33 @@
 //! [`Name::gives_secrets`]) are to be wiped by whoever holds them.
 
 pub mod answer;
+pub mod audit;
+pub mod carry;
 pub mod code;
 pub mod compatible;
 pub mod request;
-pub mod scheme;
+pub mod store;
+pub mod stored;
 
 use thiserror::Error;
 
 pub use answer::{
-    Answer, Cancelled, Collected, DeviceEntry, Entry, Finished, KeyEntry, Page, PinState, Place, RefusalEntry, fitting,
+    Answer, Cancelled, Checked, Collected, DeviceEntry, Entry, Finished, KeyEntry, Made, Page, PinState, Place,
+    RefusalEntry, fitting,
 };
+pub use carry::{CarryRequest, MAX_PART, OfferEntry, PackedEntry, TakenInEntry};
 pub use code::{Code, Failure};
 pub use request::{Collect, How, KeyUse, Paging, Request, Submit, Target};
+pub use store::{NewSlot, SlotEntry, SlotMade, StoreRequest, StoreStatus};
+pub use stored::StoredRequest;
+
+pub use crate::devices::scheme;
 
 use super::wire::{number, put_frame};
-use crate::rfc4251::{Put, Reader, WireError};
+use crate::{
+    devices::card::CardFormError,
+    rfc4251::{Put, Reader, WireError},
+};
 
 /// The longest deadline, and the longest time that a `collect` waits, in milliseconds: an hour.
 pub const MAX_WAIT_MS: u32 = 3_600_000;
@@ -82,6 +94,60 @@ names! {
     Why = "why",
     /// Gives random bytes.
     Random = "random",
+    /// Tells how far the audit log is written.
+    Audit = "audit",
+    /// Tells what would become of a use.
+    Check = "check",
+    /// Makes a key on a device.
+    Generate = "generate",
+    /// Moves a key from memory to a device.
+    Import = "import",
+    /// Names a key.
+    Rename = "rename",
+    /// Says what a key may do.
+    Allow = "allow",
+    /// Deletes a key.
+    Delete = "delete",
+    /// Tells what an OpenPGP card says of itself.
+    CardStatus = "card-status",
+    /// Changes an OpenPGP card.
+    ChangeCard = "change-card",
+    /// Tells of the encrypted store.
+    Store = "store",
+    /// Makes the encrypted store.
+    Init = "init",
+    /// Adds something that opens it.
+    AddSlot = "add-slot",
+    /// Takes something away that opens it.
+    RemoveSlot = "remove-slot",
+    /// Puts another passphrase in place of one.
+    ChangePassphrase = "change-passphrase",
+    /// Makes a backup of the store, which is then fetched.
+    Backup = "backup",
+    /// Gets a piece of what was made on this connection.
+    Fetch = "fetch",
+    /// Brings a piece of what is to be taken in.
+    Upload = "upload",
+    /// Takes a backup in.
+    Restore = "restore",
+    /// Offers to take keys of another vault in.
+    TransferOffer = "transfer-offer",
+    /// Wraps keys for another vault's offer.
+    TransferWrap = "transfer-wrap",
+    /// Tells the fingerprint of a wrap.
+    TransferLook = "transfer-look",
+    /// Takes the keys of a wrap in.
+    TransferAccept = "transfer-accept",
+    /// Puts a private key into the encrypted store.
+    ImportKey = "import-key",
+    /// Changes what a stored key may be used for.
+    SetKey = "set-key",
+    /// Offers a stored key with a certificate, too.
+    Attach = "attach",
+    /// Gives a stored key's private half, sealed by a passphrase.
+    Export = "export",
+    /// Makes a successor of a stored key.
+    Rotate = "rotate",
 }
 
 impl Name {
@@ -96,19 +162,24 @@ impl Name {
         name.strip_suffix(DOMAIN).unwrap_or(name)
     }
 
-    /// Whether it may overlap with others of its kind on one connection.
+    /// Whether it may overlap with others of its kind on one connection: what takes a device its time.
     pub fn is_key_operation(self) -> bool {
         matches!(self, Self::Sign | Self::Decrypt | Self::Derive | Self::Submit | Self::Collect | Self::Cancel)
+            || matches!(self, Self::Generate | Self::Import | Self::CardStatus | Self::ChangeCard | Self::Rotate)
     }
 
     /// Whether its request carries a secret.
     pub fn brings_secrets(self) -> bool {
-        self == Self::Unlock
+        matches!(self, Self::Unlock | Self::Generate | Self::Import | Self::ChangeCard | Self::Allow | Self::Delete)
+            || matches!(self, Self::Init | Self::AddSlot | Self::RemoveSlot | Self::ChangePassphrase)
+            || matches!(self, Self::Backup | Self::Restore)
+            || matches!(self, Self::TransferOffer | Self::TransferWrap | Self::TransferAccept)
+            || matches!(self, Self::ImportKey | Self::SetKey | Self::Export)
     }
 
     /// Whether its answer may carry a secret.
     pub fn gives_secrets(self) -> bool {
-        matches!(self, Self::Decrypt | Self::Derive | Self::Collect | Self::Random)
+        matches!(self, Self::Decrypt | Self::Derive | Self::Collect | Self::Random | Self::Init | Self::AddSlot)
     }
 }
 
@@ -124,6 +195,16 @@ pub enum RequestError {
     /// The scheme or operation has a name that nobody here knows.
     #[error("this version does not know the {0}")]
     Unknown(&'static str),
+}
+
+impl From<CardFormError> for RequestError {
+    fn from(error: CardFormError) -> Self {
+        match error {
+            CardFormError::Malformed(error) => Self::Malformed(error),
+            CardFormError::TooLong => Self::Invalid("PINs on cards have at most 127 bytes, and texts 1024"),
+            CardFormError::Unknown => Self::Unknown("change of a card, or a name in it"),
+        }
+    }
 }
 
 impl RequestError {

@@ -1,36 +1,47 @@
 //! The inside of a device's process: runs one driver for the daemon at the other end of its socket. Knows drivers and
 //! frames.
 //!
-//! A thread of its own owns the reading end and ends the process with the daemon, even when every other thread hangs in
-//! foreign code. Each lane is a thread that makes one call at a time, of whatever kind.
+//! A thread of its own ends the process with the daemon, even when every other thread hangs in foreign code. Each lane is a
+//! thread that makes one call at a time, of whatever kind: it takes it from the socket itself and sends the answer.
 
 use std::{
     convert::Infallible,
     io::{self, Read, Write},
     os::unix::net::UnixStream,
     panic,
-    sync::{
-        Mutex, PoisonError,
-        mpsc::{Receiver, SyncSender, sync_channel},
-    },
+    sync::{Arc, Mutex, PoisonError},
     thread,
+    time::Duration,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
 };
 
 use thiserror::Error;
 use tokio::runtime;
 use zeroize::Zeroizing;
 
-use super::wire::{self, Answer, Frame, FrameError, MAX_LANES, Request, SPARE_CALLS};
+use super::{
+    incoming::Incoming,
+    wire::{self, Answer, FrameError, MAX_LANES, Request},
+};
+#[cfg(feature = "openpgp")]
+use crate::devices::openpgp::{OpenPgp, Readers};
 #[cfg(feature = "scripted")]
 use crate::devices::scripted::Scripted;
 use crate::{
     devices::{
         DeviceError, Driver,
-        call::{Call, perform},
+        call::{Call, Reply, perform},
+        pkcs11::{Pkcs11, Tokens},
     },
     sys::process::{confine, exit_now, stream_from_stdin},
 };
 
+/// How long what is under way may take when the daemon goes. The daemon itself waits less.
+const PARTING: Duration = Duration::from_secs(1);
 /// The exit code after a panic, as Rust's own programs have it.
 const PANICKED: i32 = 101;
 
@@ -38,6 +49,26 @@ const PANICKED: i32 = 101;
 pub trait Hosted: Driver {
     /// Reads the configuration that [`Host::new`](super::Host::new) was given.
     fn config(bytes: &[u8]) -> Result<Self::Config, DeviceError>;
+}
+
+/// What a process of its own is asked once, before it ends: what foreign code says about something that is no device yet.
+pub trait Question {
+    /// What comes after `device-host` on the command line of the process.
+    const KIND: &'static str;
+
+    /// Answers what [`Host::new`](super::Host::new) was given, in at most [`MAX_RESULT`](crate::devices::operation::MAX_RESULT)
+    /// bytes. May block.
+    fn answer(question: &[u8]) -> Result<Vec<u8>, DeviceError>;
+}
+
+/// Something that watches in a process of its own, and tells what it sees.
+pub trait Watcher {
+    /// What comes after `device-host` on the command line of the process.
+    const KIND: &'static str;
+
+    /// Watches for ever, and tells in at most [`MAX_RESULT`](crate::devices::operation::MAX_RESULT) bytes each time. Returns
+    /// when nobody can be told.
+    fn watch(tell: &mut dyn FnMut(Vec<u8>) -> io::Result<()>) -> io::Result<()>;
 }
 
 /// Why a device's process could not begin, or ended before the daemon did.
@@ -58,9 +89,9 @@ pub enum ChildError {
     /// The daemon's frames are wrong.
     #[error("the daemon sent nonsense: {0}")]
     Nonsense(#[from] FrameError),
-    /// The daemon's frames come in the wrong order, or too many at once.
-    #[error("the daemon sent {0}")]
-    Misplaced(&'static str),
+    /// The daemon's frames come in the wrong order.
+    #[error("the daemon sent a frame out of order")]
+    Misplaced,
     /// The socket fails.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -83,9 +114,15 @@ pub fn main(kind: &str) -> Result<Infallible, ChildError> {
 
 type Run = fn(UnixStream) -> Result<Infallible, ChildError>;
 
-/// The drivers that run in processes of their own.
+/// What runs in processes of its own.
 fn driver(kind: &str) -> Option<Run> {
     match kind {
+        #[cfg(feature = "openpgp")]
+        OpenPgp::KIND => Some(run::<OpenPgp>),
+        #[cfg(feature = "openpgp")]
+        Readers::KIND => Some(watch::<Readers>),
+        Pkcs11::KIND => Some(run::<Pkcs11>),
+        Tokens::KIND => Some(answer_once::<Tokens>),
         #[cfg(feature = "scripted")]
         Scripted::KIND => Some(run::<Scripted>),
         _ => None,
@@ -95,83 +132,143 @@ fn driver(kind: &str) -> Option<Run> {
 /// Runs a driver on the daemon's socket; returns only when it cannot begin. The process is the driver's: it ends with the
 /// daemon, without running any handler.
 pub fn run<D: Hosted>(socket: UnixStream) -> Result<Infallible, ChildError> {
-    let answers = socket.try_clone()?;
-    let (requests, inbox) = channels();
-    let reader = move || {
-        let Err(e) = read_requests(socket, &requests) else { exit_now(0) };
-        // Not a macro: they panic when standard error is closed.
-        let _ = writeln!(io::stderr(), "{e}");
-        exit_now(1)
-    };
-    thread::Builder::new().name("socket".into()).spawn(reader).map_err(ChildError::Thread)?;
-    serve::<D>(&answers, inbox)?;
+    serve::<D>(&*Line::open(socket)?)?;
     exit_now(0)
 }
 
-/// What the reader gives to the rest.
-struct Requests {
-    config: SyncSender<Zeroizing<Vec<u8>>>,
-    calls: SyncSender<(u64, Call)>,
+/// Answers the one question that comes on the daemon's socket, and ends the process.
+fn answer_once<Q: Question>(socket: UnixStream) -> Result<Infallible, ChildError> {
+    let line = Line::open(socket)?;
+    if let Some(question) = line.config()? {
+        let answer = Q::answer(&question).map(|bytes| Answer::Reply(Reply::Bytes(Zeroizing::new(bytes))));
+        line.send(wire::OPEN_ID, &answer)?;
+    }
+    exit_now(0)
 }
 
-/// The other end of [`Requests`].
-struct Inbox {
-    config: Receiver<Zeroizing<Vec<u8>>>,
-    calls: Receiver<(u64, Call)>,
+/// Tells what is seen, until the daemon goes.
+#[cfg_attr(not(feature = "openpgp"), allow(dead_code, reason = "cards are all that is watched for"))]
+fn watch<W: Watcher>(socket: UnixStream) -> Result<Infallible, ChildError> {
+    let line = Line::open(socket)?;
+    if line.config()?.is_some() {
+        W::watch(&mut |seen| line.send(wire::OPEN_ID, &Ok(Answer::Reply(Reply::Bytes(Zeroizing::new(seen))))))?;
+    }
+    exit_now(0)
 }
 
-fn channels() -> (Requests, Inbox) {
-    let (config, its_config) = sync_channel(1);
-    let (calls, its_calls) = sync_channel(MAX_LANES + SPARE_CALLS);
-    (Requests { config, calls }, Inbox { config: its_config, calls: its_calls })
+/// The daemon's socket, as all lanes share it.
+struct Line {
+    socket: UnixStream,
+    /// Held while one lane waits for the next call, on behalf of all that have nothing to do.
+    incoming: Mutex<Incoming>,
+    /// Held while an answer is sent: whole, before another lane's.
+    sending: Mutex<()>,
 }
 
-/// Reads until the daemon goes. Waits for nothing but the daemon.
-fn read_requests(mut socket: UnixStream, requests: &Requests) -> Result<(), ChildError> {
-    let (mut header, mut opened) = ([0; 4], false);
-    loop {
-        match socket.read_exact(&mut header) {
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-            read => read?,
-        }
-        let mut body = Zeroizing::new(vec![0; wire::body_len(header)?]);
-        socket.read_exact(&mut body)?;
-        let full = |_| ChildError::Misplaced("more calls than there is room for");
-        match wire::decode_request(&body)? {
-            (wire::OPEN_ID, Request::Open(config)) if !opened => {
-                requests.config.try_send(config).map_err(|_| ChildError::Misplaced("a second configuration"))?;
+impl Line {
+    fn new(socket: UnixStream) -> Self {
+        Self { socket, incoming: Mutex::new(Incoming::new()), sending: Mutex::new(()) }
+    }
+
+    /// With the thread that ends the process when the daemon goes.
+    fn open(socket: UnixStream) -> Result<Arc<Self>, ChildError> {
+        let line = Arc::new(Self::new(socket));
+        let watched = Arc::clone(&line);
+        let watcher = move || match watched.hung_up() {
+            Ok(()) => {
+                // The lanes that have nothing to do let go of the device, and end the process themselves.
+                thread::sleep(PARTING);
+                exit_now(0)
             }
-            (id, Request::Call(call)) if opened => requests.calls.try_send((id, call)).map_err(full)?,
-            _ => return Err(ChildError::Misplaced("a frame out of order")),
+            Err(e) => end_with(&e.into()),
+        };
+        thread::Builder::new().name("socket".into()).spawn(watcher).map_err(ChildError::Thread)?;
+        Ok(line)
+    }
+
+    /// Waits until the daemon has closed its end, without reading.
+    fn hung_up(&self) -> io::Result<()> {
+        loop {
+            match poll(&mut [PollFd::new(&self.socket, PollFlags::RDHUP)], None) {
+                Err(Errno::INTR) => {}
+                polled => return Ok(polled.map(drop)?),
+            }
         }
-        opened = true;
+    }
+
+    /// The next request; `None` when the daemon has gone.
+    fn next(&self) -> Result<Option<(u64, Request)>, ChildError> {
+        let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(request) = incoming.take(wire::decode_request)? {
+                return Ok(Some(request?));
+            }
+            match (&self.socket).read(incoming.room()?) {
+                Ok(0) => return Ok(None),
+                Ok(n) => incoming.came(n),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// What comes first: the configuration, or the question.
+    fn config(&self) -> Result<Option<Zeroizing<Vec<u8>>>, ChildError> {
+        match self.next()? {
+            Some((wire::OPEN_ID, Request::Open(config))) => Ok(Some(config)),
+            Some(_) => Err(ChildError::Misplaced),
+            None => Ok(None),
+        }
+    }
+
+    /// What comes then.
+    fn call(&self) -> Result<Option<(u64, Call)>, ChildError> {
+        match self.next()? {
+            Some((id, Request::Call(call))) => Ok(Some((id, call))),
+            Some(_) => Err(ChildError::Misplaced),
+            None => Ok(None),
+        }
+    }
+
+    fn send(&self, id: u64, answer: &Result<Answer, DeviceError>) -> io::Result<()> {
+        let frame = wire::encode_answer(id, answer);
+        let _sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
+        (&self.socket).write_all(&frame)
     }
 }
 
-/// Opens the device and makes the calls, until the reader ends. Without a driver, returns once it has said why.
-fn serve<D: Hosted>(answers: &UnixStream, inbox: Inbox) -> Result<(), ChildError> {
+/// Ends the process, whatever its other threads are in, and says why.
+fn end_with(error: &ChildError) -> ! {
+    // Not a macro: they panic when standard error is closed.
+    let _ = writeln!(io::stderr(), "{error}");
+    exit_now(1)
+}
+
+/// Opens the device and makes the calls, until the daemon goes. Without a driver, returns once it has said why.
+fn serve<D: Hosted>(line: &Line) -> Result<(), ChildError> {
     // Its one worker drives the timers and sockets of drivers that use them; the lanes only wait there.
     let runtime =
         runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().map_err(ChildError::Thread)?;
-    let Ok(config) = inbox.config.recv() else { return Ok(()) };
+    let Some(config) = line.config()? else { return Ok(()) };
     let opened = D::config(&config).and_then(|config| runtime.block_on(D::open(config)));
     drop(config);
     let driver = match opened {
         Ok(driver) => driver,
-        Err(error) => return Ok(send(answers, &wire::encode_answer(wire::OPEN_ID, &Err(error)))?),
+        Err(error) => return Ok(line.send(wire::OPEN_ID, &Err(error))?),
     };
     let lanes = driver.lanes().clamp(1, MAX_LANES);
-    send(answers, &wire::encode_answer(wire::OPEN_ID, &Ok(Answer::Opened(lanes))))?;
+    line.send(wire::OPEN_ID, &Ok(Answer::Opened(lanes)))?;
 
-    let (answers, calls) = (Mutex::new(answers), Mutex::new(inbox.calls));
     let lane = || {
         loop {
-            let call = calls.lock().unwrap_or_else(PoisonError::into_inner).recv();
-            let Ok((id, call)) = call else { return };
+            let (id, call) = match line.call() {
+                Ok(Some(call)) => call,
+                Ok(None) => return,
+                Err(e) => end_with(&e),
+            };
             let answer = runtime.block_on(perform(&driver, call)).map(Answer::Reply);
-            let frame = wire::encode_answer(id, &answer);
-            // Whole, before another lane's. It fails when the daemon is gone, which the reader sees, too.
-            let _ = send(&answers.lock().unwrap_or_else(PoisonError::into_inner), &frame);
+            // It fails when the daemon is gone, which the next to read sees, too.
+            let _ = line.send(id, &answer);
         }
     };
     thread::scope(|scope| {
@@ -184,17 +281,13 @@ fn serve<D: Hosted>(answers: &UnixStream, inbox: Inbox) -> Result<(), ChildError
     })
 }
 
-fn send(mut socket: &UnixStream, frame: &Frame) -> io::Result<()> {
-    socket.write_all(frame)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use std::{borrow::Cow, future::pending, sync::Condvar};
 
     use super::*;
-    use crate::devices::{Input, Operation, Scan, Scheme, Slot, Status, call::Reply};
+    use crate::devices::{Input, Operation, Scan, Scheme, Slot, Status};
 
     /// Returns its input as the signature; some inputs are commands.
     struct Echo {
@@ -251,7 +344,7 @@ mod tests {
     struct Daemon(UnixStream);
 
     impl Daemon {
-        fn send(&mut self, frame: &Frame) {
+        fn send(&mut self, frame: &[u8]) {
             self.0.write_all(frame).unwrap();
         }
 
@@ -276,15 +369,15 @@ mod tests {
         }
     }
 
-    type Ends = (thread::JoinHandle<Result<(), ChildError>>, thread::JoinHandle<Result<(), ChildError>>);
+    type Ends = (thread::JoinHandle<io::Result<()>>, thread::JoinHandle<Result<(), ChildError>>);
 
-    /// Both threads of a device's process, in this one.
+    /// The threads of a device's process, in this one.
     fn start() -> (Daemon, Ends) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let (requests, inbox) = channels();
-        let answers = theirs.try_clone().unwrap();
-        let reader = thread::spawn(move || read_requests(theirs, &requests));
-        (Daemon(ours), (reader, thread::spawn(move || serve::<Echo>(&answers, inbox))))
+        let line = Arc::new(Line::new(theirs));
+        let watched = Arc::clone(&line);
+        let watcher = thread::spawn(move || watched.hung_up());
+        (Daemon(ours), (watcher, thread::spawn(move || serve::<Echo>(&line))))
     }
 
     fn opened() -> (Daemon, Ends) {
@@ -296,27 +389,30 @@ mod tests {
 
     #[test]
     fn lanes_work_at_once_and_everything_ends_with_the_daemon() {
-        let (mut daemon, (reader, lanes)) = opened();
+        let (mut daemon, (watcher, lanes)) = opened();
         // None of the three has an answer before the third has begun.
         (1..=3).for_each(|id| daemon.sign(id, b"together"));
         let mut ids: Vec<u64> = (1..=3).map(|_| daemon.signature().0).collect();
         ids.sort_unstable();
         assert_eq!(ids, [1, 2, 3]);
         drop(daemon);
-        assert!(reader.join().unwrap().is_ok() && lanes.join().unwrap().is_ok());
+        assert!(watcher.join().unwrap().is_ok() && lanes.join().unwrap().is_ok());
     }
 
     #[test]
-    fn a_hung_lane_holds_up_no_other_and_not_the_reader() {
-        let (mut daemon, (reader, _)) = opened();
+    fn a_hung_lane_holds_up_no_other_and_not_the_end() {
+        let (mut daemon, (watcher, _)) = opened();
         daemon.sign(1, b"hang");
         daemon.sign(2, b"hang");
         for id in 3..50 {
             daemon.sign(id, b"timer");
             assert_eq!(daemon.signature(), (id, b"timer".to_vec()));
         }
+        // Now nobody reads.
+        daemon.sign(50, b"hang");
+        daemon.sign(51, b"never read");
         drop(daemon);
-        assert!(reader.join().unwrap().is_ok());
+        assert!(watcher.join().unwrap().is_ok());
     }
 
     #[test]
@@ -337,28 +433,19 @@ mod tests {
     }
 
     #[test]
-    fn frames_out_of_order_or_without_sense_end_the_reader() {
-        let ended = |frames: &[&[u8]]| {
-            let (mut daemon, (reader, _)) = start();
-            frames.iter().for_each(|frame| daemon.0.write_all(frame).unwrap());
-            reader.join().unwrap().unwrap_err().to_string()
+    fn frames_out_of_order_or_without_sense_are_refused() {
+        let refused = |frames: &[&[u8]]| {
+            let (mut daemon, theirs) = UnixStream::pair().unwrap();
+            frames.iter().for_each(|frame| daemon.write_all(frame).unwrap());
+            let line = Line::new(theirs);
+            line.config().and_then(|_| line.call()).err().unwrap().to_string()
         };
         let open = wire::encode_open(b"");
         let scan = wire::encode_call(1, &Call::Scan).unwrap();
-        assert_eq!(ended(&[&scan]), "the daemon sent a frame out of order");
-        assert_eq!(ended(&[&open, &open]), "the daemon sent a frame out of order");
-        assert_eq!(ended(&[&[0xff; 4]]), "the daemon sent nonsense: something is too long");
-        assert_eq!(ended(&[&[0, 0, 0, 1, 0]]), "the daemon sent nonsense: the message ends too early");
-    }
-
-    #[test]
-    fn more_calls_than_there_is_room_for_end_the_reader() {
-        let (mut daemon, (reader, _)) = opened();
-        let room = 3 + MAX_LANES + SPARE_CALLS;
-        for id in 1..=room as u64 + 1 {
-            daemon.sign(id, b"hang");
-        }
-        assert!(matches!(reader.join().unwrap(), Err(ChildError::Misplaced(_))));
+        assert_eq!(refused(&[&scan]), "the daemon sent a frame out of order");
+        assert_eq!(refused(&[&open, &open]), "the daemon sent a frame out of order");
+        assert_eq!(refused(&[&[0xff; 4]]), "the daemon sent nonsense: something is too long");
+        assert_eq!(refused(&[&[0, 0, 0, 1, 0]]), "the daemon sent nonsense: the message ends too early");
     }
 
     #[test]

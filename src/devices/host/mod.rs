@@ -2,6 +2,7 @@
 //! the process is started; `session` what passes between, `child` what happens there.
 
 pub mod child;
+mod incoming;
 pub mod session;
 mod stderr;
 pub mod wire;
@@ -27,18 +28,9 @@ use crate::sys::spawn::{self, Child};
 const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// The variables that the process gets where we have them; a `*` stands for any end.
-const VARIABLES: [&str; 10] = [
-    "HOME",
-    "PATH",
-    "LANG",
-    "LC_*",
-    "XDG_*",
-    "SOFTHSM2_CONF",
-    "OPENSC_CONF",
-    "TPM2_PKCS11_*",
-    "P11_KIT_*",
-    "KRYOPTIC_CONF",
-];
+const VARIABLES: [&str; 5] = ["HOME", "PATH", "LANG", "LC_*", "XDG_*"];
+/// Those by which the vendors' libraries find their tokens.
+const VENDORS: [&str; 5] = ["SOFTHSM2_CONF", "OPENSC_CONF", "TPM2_PKCS11_*", "P11_KIT_*", "KRYOPTIC_CONF"];
 
 /// Runs a driver in a child process.
 pub struct Host {
@@ -73,9 +65,42 @@ impl HostSettings {
 }
 
 impl Host {
-    /// Will run the driver of this kind, which reads `config` by [`Hosted::config`](child::Hosted::config).
+    /// Will run the driver of this kind, which reads `config` by [`Hosted::config`](child::Hosted::config); or
+    /// [`ask`](Self::ask) the [`Question`](child::Question) `config`.
     pub fn new(kind: &'static str, config: Vec<u8>, settings: HostSettings) -> Self {
         Self { kind, config: Zeroizing::new(config), settings }
+    }
+
+    /// Starts a process that answers one question and ends. Whatever it does, the answer or the reason comes within the
+    /// time to open a device; then nothing of it is left.
+    pub async fn ask(&self) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        let asking = async {
+            // Dropped at the end of the block, and with it the process.
+            let (mut socket, child, _log) = self.start().await.map_err(|e| not_started(&e))?;
+            match session::ask(&mut socket, &self.config).await {
+                Ok(answer) => answer,
+                Err(broken) => Err(DeviceError::Failed(broken.reason(session::end_of(&child).await))),
+            }
+        };
+        timeout(self.settings.open_timeout, asking).await.unwrap_or(Err(DeviceError::Timeout))
+    }
+
+    /// Starts a process that tells things by itself, and hands them on until it ends or tells nonsense: then `heard` returns
+    /// `None`. Returns why that was; nothing of the process is left. Dropping the future ends it, too.
+    #[cfg_attr(not(feature = "openpgp"), allow(dead_code, reason = "cards are all that is watched for"))]
+    pub async fn listen(&self, mut heard: impl FnMut(&[u8]) -> Option<()>) -> String {
+        let (mut socket, child, _log) = match self.start().await {
+            Ok(started) => started,
+            Err(error) => return error.to_string(),
+        };
+        let mut news = session::ask(&mut socket, &self.config).await.map(Result::unwrap_or_default);
+        loop {
+            match news {
+                Ok(bytes) if heard(&bytes).is_some() => news = session::told(&mut socket).await,
+                Ok(_) => return "the process sent nonsense".to_owned(),
+                Err(broken) => return broken.reason(session::end_of(&child).await),
+            }
+        }
     }
 
     fn command(&self, stdin: OwnedFd) -> Command {
@@ -117,10 +142,7 @@ impl Engine for Host {
 
     async fn open(&self) -> Result<HostSession, DeviceError> {
         let opening = async {
-            let (mut socket, child, log) = self
-                .start()
-                .await
-                .map_err(|e| DeviceError::Failed(format!("cannot start the device's process: {e}")))?;
+            let (mut socket, child, log) = self.start().await.map_err(|e| not_started(&e))?;
             match session::open(&mut socket, &self.config).await {
                 Ok(lanes) => Ok(HostSession::start(socket, child, lanes?, log)),
                 Err(broken) => Err(DeviceError::Failed(broken.reason(session::end_of(&child).await))),
@@ -130,10 +152,23 @@ impl Engine for Host {
     }
 }
 
+fn not_started(error: &std::io::Error) -> DeviceError {
+    DeviceError::Failed(format!("cannot start the device's process: {error}"))
+}
+
+/// The variables of ours by which a vendor's library finds its tokens.
+pub fn vendor_variables() -> impl Iterator<Item = (OsString, OsString)> {
+    env::vars_os().filter(|(name, _)| is_among(&VENDORS, name))
+}
+
 /// Whether a variable of ours goes to the process.
 fn passes(name: &OsStr) -> bool {
+    is_among(&VARIABLES, name) || is_among(&VENDORS, name)
+}
+
+fn is_among(patterns: &[&str], name: &OsStr) -> bool {
     let name = name.as_encoded_bytes();
-    VARIABLES.iter().any(|pattern| match pattern.strip_suffix('*') {
+    patterns.iter().any(|pattern| match pattern.strip_suffix('*') {
         Some(start) => name.starts_with(start.as_bytes()),
         None => name == pattern.as_bytes(),
     })

@@ -7,26 +7,34 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     io,
     process::ExitStatus,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use rustix::net::{Shutdown, shutdown};
 use thiserror::Error;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::UnixStream,
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::timeout,
 };
 use zeroize::Zeroizing;
 
-use super::wire::{self, Answer, Frame, FrameError};
+use super::{
+    incoming::Incoming,
+    wire::{self, Answer, Frame, FrameError},
+};
 use crate::{
     devices::{
         DeviceError,
@@ -44,8 +52,8 @@ pub struct HostSession {
     calls: Arc<Calls>,
     lanes: usize,
     ended: watch::Receiver<Option<String>>,
-    /// Dropped with the session: then the task kills the process.
-    stop: oneshot::Sender<()>,
+    /// Says how long the process may take to part. Dropped with the session: then the task kills it at once.
+    stop: oneshot::Sender<Duration>,
     task: JoinHandle<()>,
 }
 
@@ -55,7 +63,7 @@ pub(super) enum Broken {
     #[error("the device's process has closed its socket")]
     Closed,
     #[error("the socket to the device's process fails: {0}")]
-    Socket(#[from] io::Error),
+    Socket(io::Error),
     #[error("the device's process sent nonsense: {0}")]
     Nonsense(#[from] Nonsense),
 }
@@ -84,6 +92,15 @@ impl Broken {
     }
 }
 
+impl From<io::Error> for Broken {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => Self::Closed,
+            _ => Self::Socket(error),
+        }
+    }
+}
+
 impl From<FrameError> for Broken {
     fn from(error: FrameError) -> Self {
         Self::Nonsense(error.into())
@@ -92,33 +109,50 @@ impl From<FrameError> for Broken {
 
 /// Reads one frame's body.
 async fn read_body(input: &mut (impl AsyncRead + Unpin)) -> Result<Frame, Broken> {
-    let mut header = [0; 4];
-    read(input, &mut header).await?;
+    let mut header = [0; wire::HEADER];
+    input.read_exact(&mut header).await?;
     let mut body = Zeroizing::new(vec![0; wire::body_len(header)?]);
-    read(input, &mut body).await?;
+    input.read_exact(&mut body).await?;
     Ok(body)
-}
-
-async fn read(input: &mut (impl AsyncRead + Unpin), buffer: &mut [u8]) -> Result<(), Broken> {
-    match input.read_exact(buffer).await {
-        Ok(_) => Ok(()),
-        Err(e) if matches!(e.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) => {
-            Err(Broken::Closed)
-        }
-        Err(e) => Err(e.into()),
-    }
 }
 
 /// Sends the configuration and waits for the driver to have opened its device; its lanes.
 pub(super) async fn open(socket: &mut UnixStream, config: &[u8]) -> Result<Result<usize, DeviceError>, Broken> {
+    match first_answer(socket, config).await? {
+        Ok(Answer::Opened(lanes)) => Ok(Ok(lanes)),
+        Ok(Answer::Reply(_)) => Err(Nonsense::WrongKind.into()),
+        Err(error) => Ok(Err(error)),
+    }
+}
+
+/// Sends a question and waits for its answer.
+pub(super) async fn ask(
+    socket: &mut UnixStream,
+    question: &[u8],
+) -> Result<Result<Zeroizing<Vec<u8>>, DeviceError>, Broken> {
+    match first_answer(socket, question).await? {
+        Ok(Answer::Reply(Reply::Bytes(bytes))) => Ok(Ok(bytes)),
+        Ok(_) => Err(Nonsense::WrongKind.into()),
+        Err(error) => Ok(Err(error)),
+    }
+}
+
+/// Waits for what a process tells that was opened by [`ask`].
+pub(super) async fn told(socket: &mut UnixStream) -> Result<Zeroizing<Vec<u8>>, Broken> {
+    match wire::decode_answer(&read_body(socket).await?)? {
+        (wire::OPEN_ID, Ok(Answer::Reply(Reply::Bytes(bytes)))) => Ok(bytes),
+        (wire::OPEN_ID, _) => Err(Nonsense::WrongKind.into()),
+        _ => Err(Nonsense::Unasked.into()),
+    }
+}
+
+async fn first_answer(socket: &mut UnixStream, config: &[u8]) -> Result<Result<Answer, DeviceError>, Broken> {
     if let Err(e) = socket.write_all(&wire::encode_open(config)).await {
         // A process that ended as soon as it began: how it ended says more.
         return Err(if e.kind() == io::ErrorKind::BrokenPipe { Broken::Closed } else { e.into() });
     }
     match wire::decode_answer(&read_body(socket).await?)? {
-        (wire::OPEN_ID, Ok(Answer::Opened(lanes))) => Ok(Ok(lanes)),
-        (wire::OPEN_ID, Err(error)) => Ok(Err(error)),
-        (wire::OPEN_ID, Ok(Answer::Reply(_))) => Err(Nonsense::WrongKind.into()),
+        (wire::OPEN_ID, answer) => Ok(answer),
         _ => Err(Nonsense::Unasked.into()),
     }
 }
@@ -132,11 +166,12 @@ impl HostSession {
     /// A session on a process that has opened its device. `log` ends by itself soon after the process.
     pub(super) fn start(socket: UnixStream, child: Child, lanes: usize, log: Option<JoinHandle<()>>) -> Self {
         let limit = lanes + wire::SPARE_CALLS;
-        let (sender, frames) = mpsc::channel(limit);
-        let calls = Arc::new(Calls::new(sender, limit));
+        let (sender, late) = mpsc::channel(limit);
+        let (input, output) = socket.into_split();
+        let calls = Arc::new(Calls::new(output, sender, limit));
         let (end, ended) = watch::channel(None);
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(run(socket, frames, Arc::clone(&calls), child, stopped, log, end));
+        let task = tokio::spawn(run(input, late, Arc::clone(&calls), child, stopped, log, end));
         Self { calls, lanes, ended, stop, task }
     }
 }
@@ -166,43 +201,45 @@ impl Session for HostSession {
         }
     }
 
-    async fn end(self) {
-        drop(self.stop);
+    async fn end(self, parting: Duration) {
+        // An error is the end of the process, which was first.
+        let _ = self.stop.send(parting);
         // An error is the end of the runtime, which took the task with it.
         let _ = self.task.await;
     }
 }
 
-/// Carries frames until the session ends, then sees the process off.
+/// Carries answers until the session ends, then sees the process off.
 async fn run(
-    mut socket: UnixStream,
-    mut frames: mpsc::Receiver<Frame>,
+    input: OwnedReadHalf,
+    mut late: mpsc::Receiver<Late>,
     calls: Arc<Calls>,
     child: Child,
-    stopped: oneshot::Receiver<()>,
+    stopped: oneshot::Receiver<Duration>,
     log: Option<JoinHandle<()>>,
     end: watch::Sender<Option<String>>,
 ) {
-    let broken = {
-        let (mut input, mut output) = socket.split();
-        let mut answers = std::pin::pin!(read_answers(&mut input, &calls));
-        let writing = write_calls(&mut output, &mut frames);
+    let ended = {
+        let mut answers = std::pin::pin!(read_answers(input, &calls));
+        let writing = calls.write(&mut late);
         tokio::select! {
-            broken = &mut answers => Some(broken),
+            broken = &mut answers => Err(broken),
             // What cannot be written: the process is going, and what it still said is read.
-            _ = writing => Some(timeout(LINGER, answers).await.unwrap_or(Broken::Closed)),
+            _ = writing => Err(timeout(LINGER, answers).await.unwrap_or(Broken::Closed)),
             // The same where something that it left behind holds the socket open.
-            _ = child.exited() => Some(timeout(LINGER, answers).await.unwrap_or(Broken::Closed)),
-            _ = stopped => None,
+            _ = child.exited() => Err(timeout(LINGER, answers).await.unwrap_or(Broken::Closed)),
+            parting = stopped => Ok(parting.unwrap_or_default()),
         }
     };
     calls.close();
-    drop((socket, frames));
-    let reason = match broken {
-        None => "the device's process was ended".to_owned(),
-        Some(nonsense @ Broken::Nonsense(_)) => nonsense.reason(None),
+    let reason = match ended {
+        Ok(parting) => {
+            let _ = timeout(parting, child.exited()).await;
+            "the device's process was ended".to_owned()
+        }
+        Err(nonsense @ Broken::Nonsense(_)) => nonsense.reason(None),
         // Its own end comes with the socket's, or right after; only then is the status its own.
-        Some(broken) => broken.reason(end_of(&child).await),
+        Err(broken) => broken.reason(end_of(&child).await),
     };
     child.kill();
     let gone = timeout(LINGER, child.exited()).await.is_ok();
@@ -215,31 +252,42 @@ async fn run(
     }
 }
 
-async fn read_answers(input: &mut (impl AsyncRead + Unpin), calls: &Calls) -> Broken {
-    loop {
-        let taken = async { calls.take(&read_body(input).await?) }.await;
-        if let Err(broken) = taken {
-            return broken;
+async fn read_answers(mut input: OwnedReadHalf, calls: &Calls) -> Broken {
+    let mut incoming = Incoming::new();
+    let read = async {
+        loop {
+            while let Some(taken) = incoming.take(|body| calls.take(body))? {
+                taken?;
+            }
+            match input.read(incoming.room()?).await? {
+                0 => return Err(Broken::Closed),
+                n => incoming.came(n),
+            }
         }
-    }
+    };
+    let Err::<Infallible, _>(broken) = read.await;
+    broken
 }
 
-/// Ends only with an error: the sender of frames lives in `Calls`.
-async fn write_calls(output: &mut (impl AsyncWrite + Unpin), frames: &mut mpsc::Receiver<Frame>) -> io::Result<()> {
-    while let Some(frame) = frames.recv().await {
-        output.write_all(&frame).await?;
-    }
-    Ok(())
-}
+/// A frame that the socket had no room for, and how much of it was written.
+type Late = (Frame, usize);
 
-/// The calls that have no answer yet.
+/// The calls that have no answer yet, and the socket.
 struct Calls {
     next: AtomicU64,
     /// `None` once the session is over.
-    waiting: Mutex<Option<HashMap<u64, Waiting>>>,
-    frames: mpsc::Sender<Frame>,
+    state: Mutex<Option<State>>,
+    output: OwnedWriteHalf,
+    late: mpsc::Sender<Late>,
     /// How many may wait, those included whose callers have given up.
     limit: usize,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: HashMap<u64, Waiting>,
+    /// Whether frames are late: others queue behind them.
+    blocked: bool,
 }
 
 struct Waiting {
@@ -253,6 +301,8 @@ enum Kind {
     Scan,
     Status,
     Done,
+    Key,
+    Card,
     Bytes,
 }
 
@@ -261,7 +311,9 @@ impl Kind {
         match call {
             Call::Scan => Self::Scan,
             Call::Health => Self::Status,
-            Call::Unlock(_) | Call::Lock => Self::Done,
+            Call::Unlock(_) | Call::Lock | Call::Rename(..) | Call::Delete(_) | Call::ChangeCard(_) => Self::Done,
+            Call::CardStatus => Self::Card,
+            Call::Generate(_) | Call::Import(..) => Self::Key,
             Call::Random(_) | Call::Operate(..) => Self::Bytes,
         }
     }
@@ -271,37 +323,65 @@ impl Kind {
             Reply::Scan(_) => Self::Scan,
             Reply::Status(_) => Self::Status,
             Reply::Done => Self::Done,
+            Reply::Key(_) => Self::Key,
+            Reply::Card(_) => Self::Card,
             Reply::Bytes(_) => Self::Bytes,
         }
     }
 }
 
 impl Calls {
-    fn new(frames: mpsc::Sender<Frame>, limit: usize) -> Self {
-        Self { next: AtomicU64::new(wire::OPEN_ID + 1), waiting: Mutex::new(Some(HashMap::new())), frames, limit }
+    fn new(output: OwnedWriteHalf, late: mpsc::Sender<Late>, limit: usize) -> Self {
+        Self { next: AtomicU64::new(wire::OPEN_ID + 1), state: Mutex::new(Some(State::default())), output, late, limit }
     }
 
-    /// Puts a call on its way; its answer comes from the receiver, whose error is the end of the session.
+    fn state(&self) -> MutexGuard<'_, Option<State>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends a call; its answer comes from the receiver, whose error is the end of the session.
     fn make(&self, call: &Call) -> Result<oneshot::Receiver<Result<Reply, DeviceError>>, DeviceError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let frame = wire::encode_call(id, call)?;
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let waiting = waiting.as_mut().ok_or(DeviceError::Restarted)?;
+        let mut state = self.state();
+        let State { waiting, blocked } = state.as_mut().ok_or(DeviceError::Restarted)?;
         if waiting.len() >= self.limit {
             return Err(DeviceError::Busy);
         }
-        // Has room for every call that waits; without, the process answers what it has not read yet.
-        self.frames.try_send(frame).map_err(|_| DeviceError::Busy)?;
+        // An error shows again where the rest is written.
+        let written = if *blocked { 0 } else { self.output.try_write(&frame).unwrap_or(0) };
+        if written < frame.len() {
+            // Has room for every call that waits; without, the process answers what it has not read yet.
+            self.late.try_send((frame, written)).map_err(|_| DeviceError::Busy)?;
+            *blocked = true;
+        }
         let (caller, answer) = oneshot::channel();
         waiting.insert(id, Waiting { kind: Kind::asked_for(call), caller });
         Ok(answer)
     }
 
+    /// Writes what is late. Ends only with an error: the sender lives in here.
+    async fn write(&self, late: &mut mpsc::Receiver<Late>) -> io::Result<()> {
+        while let Some((frame, mut written)) = late.recv().await {
+            while written < frame.len() {
+                self.output.writable().await?;
+                match self.output.try_write(&frame[written..]) {
+                    Ok(n) => written += n,
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            if let Some(state) = &mut *self.state() {
+                state.blocked = !late.is_empty();
+            }
+        }
+        Ok(())
+    }
+
     /// Hands an answer to its caller. One who has given up never learns of it.
     fn take(&self, body: &[u8]) -> Result<(), Broken> {
         let (id, answer) = wire::decode_answer(body)?;
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let asked = waiting.as_mut().and_then(|waiting| waiting.remove(&id)).ok_or(Nonsense::Unasked)?;
+        let asked = self.state().as_mut().and_then(|state| state.waiting.remove(&id)).ok_or(Nonsense::Unasked)?;
         let reply = match answer {
             Ok(Answer::Reply(reply)) if Kind::of(&reply) == asked.kind => Ok(reply),
             Ok(_) => return Err(Nonsense::WrongKind.into()),
@@ -311,9 +391,11 @@ impl Calls {
         Ok(())
     }
 
-    /// Tells every caller that the session is over.
+    /// Hangs up, and tells every caller that the session is over.
     fn close(&self) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.state().take();
+        // It fails where the process was first.
+        let _ = shutdown(self.output.as_ref(), Shutdown::Both);
     }
 }
 
@@ -359,7 +441,7 @@ mod tests {
             assert!(matches!(waiting.await.unwrap(), Err(DeviceError::Restarted)));
             assert_eq!(self.session.died().await, reason);
             assert!(matches!(self.session.call(Call::Scan).await, Err(DeviceError::Restarted)));
-            self.session.end().await;
+            self.session.end(Duration::ZERO).await;
         }
     }
 
@@ -377,7 +459,7 @@ mod tests {
         for (call, byte) in [(first, 1), (second, 2)] {
             assert!(matches!(call.await.unwrap(), Ok(Reply::Bytes(bytes)) if *bytes == [byte]));
         }
-        fake.session.end().await;
+        fake.session.end(Duration::ZERO).await;
     }
 
     #[tokio::test]

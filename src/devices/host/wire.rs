@@ -12,9 +12,12 @@ use zeroize::Zeroizing;
 
 use crate::{
     devices::{
-        DecryptScheme, DeriveScheme, DeviceError, FoundKey, Hash, Input, MAX_BLOB, MAX_KEYS, MAX_LABEL, MAX_SLOT,
-        Operation, Scan, Scheme, Slot, Status,
+        Algorithm, CardChange, CardSlot, CardStatus, DecryptScheme, DeriveScheme, DeviceError, FoundKey, Hash, Input,
+        MAX_BLOB, MAX_KEYS, MAX_LABEL, MAX_NOTES, MAX_SLOT, NewKey, Operation, PrivateHalf, Scan, Scheme, Slot, Status,
+        Touch,
         call::{Call, Reply},
+        card::CardFormError,
+        life::MAX_PRIVATE,
         operation::{MAX_INPUT, MAX_RESULT},
     },
     prompt::harmless,
@@ -23,6 +26,8 @@ use crate::{
 
 /// The longest frame, in bytes, without its length: 4,096 keys of a kilobyte each.
 pub const MAX_FRAME: usize = 4 * 1024 * 1024;
+/// Bytes of the length in front of a frame.
+pub(super) const HEADER: usize = 4;
 /// The most lanes that a driver may claim.
 pub const MAX_LANES: usize = 64;
 /// Calls that a process takes besides one for each lane: what waits behind abandoned ones.
@@ -74,6 +79,12 @@ pub enum FrameError {
     /// A text is not UTF-8.
     #[error("a text is not UTF-8")]
     NotText,
+    /// A name stands for nothing, or a key is none.
+    #[error("a key, or what one is to be, is not readable")]
+    NoKey,
+    /// A change or the state of a card is none.
+    #[error(transparent)]
+    Card(#[from] CardFormError),
     /// The data types do not fit.
     #[error(transparent)]
     Malformed(#[from] WireError),
@@ -107,6 +118,12 @@ const RANDOM: u8 = 5;
 const SIGN: u8 = 6;
 const DECRYPT: u8 = 7;
 const DERIVE: u8 = 8;
+const GENERATE: u8 = 9;
+const IMPORT: u8 = 10;
+const RENAME: u8 = 11;
+const DELETE: u8 = 12;
+const CARD_STATUS: u8 = 13;
+const CHANGE_CARD: u8 = 14;
 
 /// The frame that opens a device.
 pub fn encode_open(config: &[u8]) -> Frame {
@@ -139,7 +156,31 @@ pub fn encode_call(id: u64, call: &Call) -> Result<Frame, DeviceError> {
                 put_usize(out, *len);
             })
         }
-        Call::Operate(slot, _) if slot.0.len() > MAX_SLOT => return Err(DeviceError::NoSuchKey),
+        Call::Operate(slot, _) | Call::Rename(slot, _) | Call::Delete(slot) if slot.0.len() > MAX_SLOT => {
+            return Err(DeviceError::NoSuchKey);
+        }
+        Call::Generate(new) => frame_of_new(id, GENERATE, new, None)?,
+        Call::Import(new, private) => frame_of_new(id, IMPORT, new, Some(private))?,
+        Call::Rename(slot, label) => {
+            fits(label.len(), MAX_LABEL)?;
+            frame(id, slot.0.len() + label.len(), |out| {
+                out.push(RENAME);
+                out.put_string(&slot.0);
+                out.put_string(label.as_bytes());
+            })
+        }
+        Call::Delete(slot) => frame(id, slot.0.len(), |out| {
+            out.push(DELETE);
+            out.put_string(&slot.0);
+        }),
+        Call::CardStatus => tagged(CARD_STATUS),
+        Call::ChangeCard(change) if !change.is_in_bounds() => {
+            return Err(DeviceError::unsupported("no card takes so long a PIN or text"));
+        }
+        Call::ChangeCard(change) => frame(id, change.capacity(), |out| {
+            out.push(CHANGE_CARD);
+            change.put(out);
+        }),
         Call::Operate(slot, Operation::Sign { scheme, input }) => {
             fits(input.bytes().len(), MAX_INPUT)?;
             frame(id, slot.0.len() + input.bytes().len(), |out| {
@@ -171,6 +212,48 @@ pub fn encode_call(id: u64, call: &Call) -> Result<Frame, DeviceError> {
             })
         }
     })
+}
+
+fn frame_of_new(id: u64, tag: u8, new: &NewKey, private: Option<&PrivateHalf>) -> Result<Frame, DeviceError> {
+    let secret = new.secret.as_ref().map(|secret| secret.expose_secret().as_bytes()).unwrap_or_default();
+    for (len, max) in [(new.label.len(), MAX_LABEL), (secret.len(), MAX_PIN)] {
+        if len > max {
+            return Err(DeviceError::TooLong { max });
+        }
+    }
+    let len = 2 * OVERHEAD + new.label.len() + secret.len() + private.map_or(0, |private| private.as_bytes().len());
+    Ok(frame(id, len, |out| {
+        out.push(tag);
+        out.put_string(new.label.as_bytes());
+        out.put_string(new.algorithm.to_string().as_bytes());
+        out.put_string(new.slot.map_or("", CardSlot::as_str).as_bytes());
+        out.put_string(new.touch.map_or("", Touch::as_str).as_bytes());
+        out.push(new.secret.is_some().into());
+        out.put_string(secret);
+        if let Some(private) = private {
+            out.put_string(private.as_bytes());
+        }
+    }))
+}
+
+fn new_key(r: &mut Reader<'_>) -> Result<NewKey, FrameError> {
+    let label = text(r, MAX_LABEL)?.to_owned();
+    let algorithm = Algorithm::from_name(text(r, MAX_LABEL)?).ok_or(FrameError::NoKey)?;
+    let slot = choice(r, CardSlot::from_name)?;
+    let touch = choice(r, Touch::from_name)?;
+    let (is_some, secret) = (boolean(r)?, text(r, MAX_PIN)?);
+    if !is_some && !secret.is_empty() {
+        return Err(FrameError::TooLong);
+    }
+    Ok(NewKey { label, algorithm, slot, touch, secret: is_some.then(|| SecretString::from(Box::<str>::from(secret))) })
+}
+
+/// A name, or nothing.
+fn choice<T>(r: &mut Reader<'_>, from_name: impl FnOnce(&str) -> Option<T>) -> Result<Option<T>, FrameError> {
+    match text(r, MAX_LABEL)? {
+        "" => Ok(None),
+        name => from_name(name).map(Some).ok_or(FrameError::NoKey),
+    }
 }
 
 /// Reads the body of a frame from the daemon.
@@ -207,6 +290,15 @@ pub fn decode_request(body: &[u8]) -> Result<(u64, Request), FrameError> {
             let peer = Cow::Owned(bytes(&mut r, MAX_INPUT)?.to_vec());
             Request::Call(Call::Operate(slot, Operation::Derive { scheme, peer }))
         }
+        GENERATE => Request::Call(Call::Generate(new_key(&mut r)?)),
+        IMPORT => {
+            let (new, private) = (new_key(&mut r)?, bytes(&mut r, MAX_PRIVATE)?);
+            Request::Call(Call::Import(new, PrivateHalf::read(private).ok_or(FrameError::NoKey)?))
+        }
+        RENAME => Request::Call(Call::Rename(slot(&mut r)?, text(&mut r, MAX_LABEL)?.to_owned())),
+        DELETE => Request::Call(Call::Delete(slot(&mut r)?)),
+        CARD_STATUS => Request::Call(Call::CardStatus),
+        CHANGE_CARD => Request::Call(Call::ChangeCard(CardChange::read(&mut r)?)),
         other => return Err(FrameError::Unknown(other)),
     };
     r.finish()?;
@@ -221,6 +313,8 @@ const FOUND: u8 = 2;
 const STATUS: u8 = 3;
 const DONE: u8 = 4;
 const BYTES: u8 = 5;
+const MADE: u8 = 6;
+const CARD: u8 = 7;
 
 /// The frame of an answer. One that is out of bounds becomes an error, since the daemon would not take it.
 pub fn encode_answer(id: u64, answer: &Result<Answer, DeviceError>) -> Frame {
@@ -256,6 +350,14 @@ fn frame_of_answer(id: u64, answer: &Result<Answer, DeviceError>) -> Frame {
             put_status(out, status);
         }
         Ok(Answer::Reply(Reply::Done)) => out.push(DONE),
+        Ok(Answer::Reply(Reply::Key(key))) => {
+            out.push(MADE);
+            put_key(out, key);
+        }
+        Ok(Answer::Reply(Reply::Card(status))) => {
+            out.push(CARD);
+            status.put(out);
+        }
         Ok(Answer::Reply(Reply::Bytes(bytes))) => {
             out.push(BYTES);
             out.put_string(bytes);
@@ -277,6 +379,8 @@ pub fn decode_answer(body: &[u8]) -> Result<(u64, Result<Answer, DeviceError>), 
         FOUND => Ok(Answer::Reply(Reply::Scan(scan(&mut r)?))),
         STATUS => Ok(Answer::Reply(Reply::Status(status(&mut r)?))),
         DONE => Ok(Answer::Reply(Reply::Done)),
+        MADE => Ok(Answer::Reply(Reply::Key(Box::new(key(&mut r)?)))),
+        CARD => Ok(Answer::Reply(Reply::Card(Box::new(CardStatus::read(&mut r)?)))),
         BYTES => Ok(Answer::Reply(Reply::Bytes(Zeroizing::new(bytes(&mut r, MAX_RESULT)?.to_vec())))),
         other => return Err(FrameError::Unknown(other)),
     };
@@ -301,6 +405,9 @@ fn put_error(out: &mut Vec<u8>, error: &DeviceError) {
         DeviceError::Timeout => 10,
         DeviceError::Restarted => 11,
         DeviceError::Failed(_) => 12,
+        DeviceError::InUse => 13,
+        DeviceError::Gone => 14,
+        DeviceError::PinEachTime => 15,
     };
     out.push(tag);
     match error {
@@ -327,6 +434,9 @@ fn error(r: &mut Reader<'_>) -> Result<DeviceError, FrameError> {
         10 => DeviceError::Timeout,
         11 => DeviceError::Restarted,
         12 => DeviceError::Failed(harmless(text(r, MAX_REASON)?)),
+        13 => DeviceError::InUse,
+        14 => DeviceError::Gone,
+        15 => DeviceError::PinEachTime,
         other => return Err(FrameError::Unknown(other)),
     })
 }
@@ -341,10 +451,17 @@ fn put_scan(out: &mut Vec<u8>, scan: &Scan) {
     put_list(out, &scan.keys, put_key);
     out.push(scan.complete.into());
     put_status(out, &scan.status);
+    let notes = &scan.notes[..scan.notes.len().min(MAX_NOTES)];
+    put_list(out, notes, |out, note| out.put_string(&note.as_bytes()[..note.floor_char_boundary(MAX_LABEL)]));
 }
 
 fn scan(r: &mut Reader<'_>) -> Result<Scan, FrameError> {
-    Ok(Scan { keys: list(r, MAX_KEYS, key)?, complete: boolean(r)?, status: status(r)? })
+    Ok(Scan {
+        keys: list(r, MAX_KEYS, key)?,
+        complete: boolean(r)?,
+        status: status(r)?,
+        notes: list(r, MAX_NOTES, |r| Ok(harmless(text(r, MAX_LABEL)?)))?,
+    })
 }
 
 fn put_key(out: &mut Vec<u8>, key: &FoundKey) {
@@ -356,6 +473,8 @@ fn put_key(out: &mut Vec<u8>, key: &FoundKey) {
     put_list(out, &key.decrypts, |out, scheme| put_decrypt_scheme(out, *scheme));
     put_list(out, &key.derives, |out, scheme| put_derive_scheme(out, *scheme));
     out.push(key.touch.into());
+    out.push(key.ssh.into());
+    out.put_string(key.note.as_bytes());
 }
 
 fn key(r: &mut Reader<'_>) -> Result<FoundKey, FrameError> {
@@ -368,6 +487,8 @@ fn key(r: &mut Reader<'_>) -> Result<FoundKey, FrameError> {
         decrypts: list(r, MAX_SCHEMES, decrypt_scheme)?,
         derives: list(r, MAX_SCHEMES, derive_scheme)?,
         touch: boolean(r)?,
+        ssh: boolean(r)?,
+        note: text(r, MAX_LABEL)?.to_owned(),
     })
 }
 
@@ -544,6 +665,7 @@ mod tests {
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
+    use crate::devices::card;
 
     const HASHES: [Hash; 4] = [Hash::Sha1, Hash::Sha256, Hash::Sha384, Hash::Sha512];
 
@@ -604,7 +726,32 @@ mod tests {
         ]
     }
 
+    fn a_new_key() -> impl Strategy<Value = Opaque<NewKey>> {
+        let algorithms = ["rsa-2048", "rsa-3072", "nistp256", "nistp521", "ed25519", "x25519"];
+        let slots: Vec<_> = CardSlot::ALL.iter().copied().map(Some).chain([None]).collect();
+        let touches: Vec<_> = Touch::ALL.iter().copied().map(Some).chain([None]).collect();
+        let kind = proptest::sample::select(algorithms.to_vec());
+        let choices = (proptest::sample::select(slots), proptest::sample::select(touches));
+        let secret = prop_oneof![Just(None), "\\PC{0,64}".prop_map(Some)];
+        ("\\PC{0,60}", kind, choices, secret).prop_map(|(label, kind, (slot, touch), secret)| {
+            let algorithm = Algorithm::from_name(kind).unwrap();
+            Opaque(NewKey { label, algorithm, slot, touch, secret: secret.map(Into::into) })
+        })
+    }
+
+    fn a_private_half() -> impl Strategy<Value = PrivateHalf> {
+        (any::<[u8; 32]>(), any::<[u8; 32]>()).prop_map(|(seed, public)| {
+            PrivateHalf::of(&crate::devices::soft::SoftParts::Ed25519 { seed: &seed, public: &public }).unwrap()
+        })
+    }
+
+    fn same_new_key(a: &NewKey, b: &NewKey) -> bool {
+        let secret = |new: &NewKey| new.secret.as_ref().map(|secret| secret.expose_secret().to_owned());
+        (&a.label, a.algorithm, a.slot, a.touch, secret(a)) == (&b.label, b.algorithm, b.slot, b.touch, secret(b))
+    }
+
     fn a_call() -> impl Strategy<Value = Call> {
+        let new = a_new_key().boxed();
         prop_oneof![
             Just(Call::Scan),
             Just(Call::Health),
@@ -612,6 +759,12 @@ mod tests {
             Just(Call::Lock),
             (0..=MAX_RANDOM).prop_map(Call::Random),
             (a_slot(), an_operation()).prop_map(|(slot, operation)| Call::Operate(slot, operation.0)),
+            new.clone().prop_map(|new| Call::Generate(new.0)),
+            (new, a_private_half()).prop_map(|(new, private)| Call::Import(new.0, private)),
+            (a_slot(), "\\PC{0,60}").prop_map(|(slot, label)| Call::Rename(slot, label)),
+            a_slot().prop_map(Call::Delete),
+            Just(Call::CardStatus),
+            card::tests::a_change().prop_map(Call::ChangeCard),
         ]
     }
 
@@ -621,6 +774,12 @@ mod tests {
             (Call::Unlock(a), Call::Unlock(b)) => a.expose_secret() == b.expose_secret(),
             (Call::Random(a), Call::Random(b)) => a == b,
             (Call::Operate(slot, a), Call::Operate(other, b)) => slot == other && a == b,
+            (Call::Generate(a), Call::Generate(b)) => same_new_key(a, b),
+            (Call::Import(a, one), Call::Import(b, two)) => same_new_key(a, b) && one.as_bytes() == two.as_bytes(),
+            (Call::Rename(slot, a), Call::Rename(other, b)) => slot == other && a == b,
+            (Call::Delete(a), Call::Delete(b)) => a == b,
+            (Call::CardStatus, Call::CardStatus) => true,
+            (Call::ChangeCard(a), Call::ChangeCard(b)) => card::tests::bytes_of(a) == card::tests::bytes_of(b),
             _ => false,
         }
     }
@@ -629,6 +788,7 @@ mod tests {
         prop_oneof![
             Just(DeviceError::Sealed),
             Just(DeviceError::PinRequired),
+            Just(DeviceError::PinEachTime),
             any::<Option<u8>>().prop_map(|left| DeviceError::PinWrong { left }),
             Just(DeviceError::PinBlocked),
             Just(DeviceError::NotTouched),
@@ -639,7 +799,9 @@ mod tests {
             Just(DeviceError::Busy),
             Just(DeviceError::Timeout),
             Just(DeviceError::Restarted),
+            Just(DeviceError::Gone),
             "[ -~]{0,200}".prop_map(DeviceError::Failed),
+            Just(DeviceError::InUse),
         ]
     }
 
@@ -649,11 +811,11 @@ mod tests {
     }
 
     fn a_key() -> impl Strategy<Value = FoundKey> {
-        let schemes =
-            (vec(a_scheme(), 0..5), vec(a_decrypt_scheme(), 0..3), vec(a_derive_scheme(), 0..3), any::<bool>());
+        let schemes = (vec(a_scheme(), 0..5), vec(a_decrypt_scheme(), 0..3), vec(a_derive_scheme(), 0..3));
+        let texts = ("\\PC{0,30}", "\\PC{0,30}");
         let certificates = vec(some_bytes(60).prop_map(Into::into), 0..3);
-        (a_slot(), some_bytes(300), certificates, "\\PC{0,30}", schemes).prop_map(
-            |(slot, blob, certificates, label, (schemes, decrypts, derives, touch))| FoundKey {
+        (a_slot(), some_bytes(300), certificates, texts, schemes, any::<[bool; 2]>()).prop_map(
+            |(slot, blob, certificates, (label, note), (schemes, decrypts, derives), [touch, ssh])| FoundKey {
                 slot,
                 blob: blob.into(),
                 certificates,
@@ -662,6 +824,8 @@ mod tests {
                 decrypts,
                 derives,
                 touch,
+                ssh,
+                note,
             },
         )
     }
@@ -671,10 +835,13 @@ mod tests {
         prop_oneof![
             an_error().prop_map(|error| Opaque(Err(error))),
             (1..=MAX_LANES).prop_map(|lanes| Opaque(Ok(Answer::Opened(lanes)))),
-            (vec(a_key(), 0..4), any::<bool>(), a_status())
-                .prop_map(move |(keys, complete, status)| replied(Reply::Scan(Scan { keys, complete, status }))),
+            (vec(a_key(), 0..4), any::<bool>(), a_status(), vec("[ -~]{0,60}", 0..4)).prop_map(
+                move |(keys, complete, status, notes)| replied(Reply::Scan(Scan { keys, complete, status, notes }))
+            ),
             a_status().prop_map(move |status| replied(Reply::Status(status))),
             Just(()).prop_map(move |()| replied(Reply::Done)),
+            a_key().prop_map(move |key| replied(Reply::Key(Box::new(key)))),
+            card::tests::a_status().prop_map(move |status| replied(Reply::Card(Box::new(status)))),
             some_bytes(600).prop_map(move |bytes| replied(Reply::Bytes(Zeroizing::new(bytes)))),
         ]
     }
@@ -687,6 +854,8 @@ mod tests {
                 (Reply::Scan(a), Reply::Scan(b)) => a == b,
                 (Reply::Status(a), Reply::Status(b)) => a == b,
                 (Reply::Done, Reply::Done) => true,
+                (Reply::Key(a), Reply::Key(b)) => a == b,
+                (Reply::Card(a), Reply::Card(b)) => a == b,
                 (Reply::Bytes(a), Reply::Bytes(b)) => a == b,
                 _ => false,
             },
@@ -710,11 +879,13 @@ mod tests {
             decrypts: Vec::new(),
             derives: Vec::new(),
             touch: false,
+            ssh: true,
+            note: String::new(),
         }
     }
 
     fn found(keys: Vec<FoundKey>) -> Result<Answer, DeviceError> {
-        Ok(Answer::Reply(Reply::Scan(Scan { keys, complete: true, status: Status::default() })))
+        Ok(Answer::Reply(Reply::Scan(Scan { keys, complete: true, ..Scan::default() })))
     }
 
     #[track_caller]
@@ -726,7 +897,7 @@ mod tests {
 
     #[test]
     fn as_many_keys_as_may_be_found_fit_into_a_frame() {
-        let answer = found(vec![a_found_key(535); MAX_KEYS]);
+        let answer = found(vec![a_found_key(530); MAX_KEYS]);
         let (_, back) = decode_answer(body(&encode_answer(1, &answer))).unwrap();
         assert!(same_answer(&answer, &back));
     }
@@ -769,6 +940,14 @@ mod tests {
     fn a_frame_that_carries_a_secret_never_moves() {
         let call = encode_call(1, &Call::Unlock("123456".into())).unwrap();
         assert!(call.capacity() <= OVERHEAD + 6);
+        let new = NewKey {
+            secret: Some("1".repeat(MAX_PIN).into()),
+            ..NewKey::new("x".repeat(MAX_LABEL), Algorithm::Rsa(4096))
+        };
+        let parts = crate::devices::soft::SoftParts::Ed25519 { seed: &[1; 32], public: &[2; 32] };
+        let private = PrivateHalf::of(&parts).unwrap();
+        let expected = 3 * OVERHEAD + MAX_LABEL + MAX_PIN + private.as_bytes().len();
+        assert!(encode_call(1, &Call::Import(new, private)).unwrap().capacity() <= expected);
         let bytes = Zeroizing::new(vec![1; 5000]);
         let answer = encode_answer(1, &Ok(Answer::Reply(Reply::Bytes(bytes))));
         assert!(answer.capacity() <= OVERHEAD + 5000);
@@ -807,7 +986,7 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_are_read_the_same_or_refused(id: u64, tag in 0..10u8, rest: Vec<u8>) {
+        fn arbitrary_bytes_are_read_the_same_or_refused(id: u64, tag in 0..16u8, rest: Vec<u8>) {
             let bytes: Vec<u8> = id.to_be_bytes().into_iter().chain([tag]).chain(rest).collect();
             if let Ok((id, Request::Call(call))) = decode_request(&bytes) {
                 let frame = encode_call(id, &call).unwrap();

@@ -12,6 +12,9 @@ use tokio::sync::watch;
 use super::script::{CallName, Rule, Script};
 use crate::devices::DeviceError;
 
+/// The file of what became of its keys.
+const JOURNAL: &str = "journal";
+
 /// A scripted device's script, its numbers and its counts. The device may be opened many times on one control, and be
 /// told things meanwhile.
 ///
@@ -22,6 +25,8 @@ pub struct Control {
     script: Script,
     place: Place,
     numbers: Numbers,
+    /// What became of its keys, where it has no directory for that.
+    journal: Mutex<String>,
     rules: Mutex<Rules>,
     counts: watch::Sender<Counts>,
 }
@@ -89,7 +94,7 @@ impl Control {
 
     fn at(place: Place, numbers: Numbers, script: Script) -> Arc<Self> {
         let rules = Mutex::new(Rules::new(script.rules.clone()));
-        Arc::new(Self { script, place, numbers, rules, counts: watch::Sender::default() })
+        Arc::new(Self { script, place, numbers, journal: Mutex::default(), rules, counts: watch::Sender::default() })
     }
 
     pub(super) fn script(&self) -> &Script {
@@ -193,6 +198,32 @@ impl Control {
         }
     }
 
+    /// The lines that [`record`](Self::record) was given: like the numbers, they outlive a child process that has a
+    /// directory.
+    pub(super) fn journal(&self) -> Result<String, DeviceError> {
+        match &self.numbers {
+            Numbers::Memory(_) => Ok(lock(&self.journal).clone()),
+            Numbers::Directory(directory) => match fs::read_to_string(directory.join(JOURNAL)) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+                read => read.map_err(|e| unusable(JOURNAL, &e)),
+            },
+        }
+    }
+
+    /// Adds a line to the journal of its keys.
+    pub(super) fn record(&self, line: &str) -> Result<(), DeviceError> {
+        let text = format!("{}{line}\n", self.journal()?);
+        match &self.numbers {
+            Numbers::Memory(_) => {
+                *lock(&self.journal) = text;
+                Ok(())
+            }
+            Numbers::Directory(directory) => {
+                fs::write(directory.join(JOURNAL), text).map_err(|e| unusable(JOURNAL, &e))
+            }
+        }
+    }
+
     /// What it did so far; tells of every change. Of a child process it knows nothing.
     pub fn counts(&self) -> watch::Receiver<Counts> {
         self.counts.subscribe()
@@ -233,8 +264,8 @@ mod tests {
     fn a_rule_is_for_a_call_a_slot_and_some_of_their_number() {
         let on = Rule::on(CallName::Sign, Action::Hang);
         assert_eq!(hits(&with(on.clone()), 3), [1, 2, 3]);
-        assert_eq!(hits(&with(Rule::on(CallName::Scan, Action::Hang)), 3), []);
-        assert_eq!(hits(&with(Rule { slot: Some("b".into()), ..on.clone() }), 3), []);
+        assert!(hits(&with(Rule::on(CallName::Scan, Action::Hang)), 3).is_empty());
+        assert!(hits(&with(Rule { slot: Some("b".into()), ..on.clone() }), 3).is_empty());
         let control = with(Rule { slot: Some("a".into()), from: 2, count: Some(2), ..on });
         // Calls that the rule is not for do not count.
         assert!(control.matching(CallName::Sign, Some("b")).unwrap().is_empty());

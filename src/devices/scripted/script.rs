@@ -33,6 +33,8 @@ pub struct Script {
     pub lanes: usize,
     /// The PIN, if the token has one.
     pub pin: Option<Pin>,
+    /// What it asks of whoever makes keys; without it, nothing. It is never blocked.
+    pub admin: Option<String>,
     /// Whether it opens locked. Needs a PIN.
     pub locked: bool,
     /// How long each call takes, in milliseconds.
@@ -57,6 +59,7 @@ impl Default for Script {
             serial: "SCRIPTED".to_owned(),
             lanes: 1,
             pin: None,
+            admin: None,
             locked: false,
             latency: Duration::ZERO,
             seed: 0,
@@ -131,6 +134,9 @@ pub struct ScriptKey {
     /// The first generation that has it no more.
     #[serde(default)]
     pub vanishes: Option<u64>,
+    /// A key that was brought, in place of type and seed: [`PrivateHalf`](crate::devices::PrivateHalf) in base64.
+    #[serde(skip)]
+    pub private: Option<String>,
 }
 
 /// The types that a scripted key can have.
@@ -198,6 +204,10 @@ pub enum CallName {
     Sign,
     Decrypt,
     Derive,
+    Generate,
+    Import,
+    Rename,
+    Delete,
 }
 
 /// What goes wrong.
@@ -267,6 +277,7 @@ mod tests {
             serial = "T-1"
             lanes = 4
             locked = true
+            admin = "87654321"
             latency_ms = 2
             seed = 9
             control = "/dir"
@@ -295,6 +306,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!((script.serial.as_str(), script.lanes, script.locked, script.seed), ("T-1", 4, true, 9));
+        assert_eq!(script.admin.as_deref(), Some("87654321"));
         assert_eq!((script.latency, script.control), (Duration::from_millis(2), Some("/dir".into())));
         let pin = script.pin.unwrap();
         assert_eq!((pin.value.as_str(), pin.tries), ("1234", 5));

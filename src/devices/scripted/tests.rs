@@ -3,8 +3,11 @@
 use tokio::time::{Instant, timeout};
 
 use super::*;
-use crate::devices::Hash;
-use crate::rfc4251::Put;
+use crate::{
+    devices::{Algorithm, CardSlot, Device, Hash, Health, Patience, Settings, Touch, in_process::InProcess},
+    public_key::PublicKey,
+    rfc4251::Put,
+};
 
 const KEYS: &str = "
     [[key]]
@@ -229,4 +232,54 @@ async fn keys_appear_vanish_and_hide() {
     assert_eq!(slots().await, (vec![slot("new"), slot("hidden")], true, 1));
     let gone = device.sign(&slot("old"), Scheme::Ed25519, &Input::Message(b"data".into())).await;
     assert_eq!(gone, Err(DeviceError::NoSuchKey));
+}
+
+#[tokio::test]
+async fn what_became_of_its_keys_outlives_it() {
+    let control = control("admin = '87654321'");
+    let device = Scripted::open(Arc::clone(&control)).await.unwrap();
+    let new = NewKey {
+        slot: Some(CardSlot::Auth),
+        touch: Some(Touch::Fixed),
+        ..NewKey::new("tab\tand\nline", Algorithm::Ed25519)
+    };
+    assert_eq!(device.generate(&new).await, Err(DeviceError::PinWrong { left: None }));
+    let new = NewKey { secret: Some("87654321".into()), ..new };
+    let first = device.generate(&new).await.unwrap();
+    assert_eq!((&*first.slot.0, &*first.label, first.touch), (&b"auth"[..], "tab and line", true));
+    // A card's slot has one key.
+    let second = device.generate(&new).await.unwrap();
+    assert_ne!(first.blob, second.blob);
+    device.rename(&slot("p256"), "renamed").await.unwrap();
+    device.delete(&slot("rsa")).await.unwrap();
+    let keys = |scan: Scan| scan.keys.into_iter().map(|key| (key.slot, key.label)).collect::<Vec<_>>();
+    let expected = [("ed", ""), ("p256", "renamed"), ("auth", "tab and line")];
+    let expected = expected.map(|(name, label)| (slot(name), label.to_owned()));
+    assert_eq!(keys(device.scan().await.unwrap()), expected);
+    let again = Scripted::open(control).await.unwrap();
+    assert_eq!(keys(again.scan().await.unwrap()), expected);
+    for gone in ["rsa", "nothing"] {
+        assert_eq!(again.delete(&slot(gone)).await, Err(DeviceError::NoSuchKey));
+        assert_eq!(again.rename(&slot(gone), "name").await, Err(DeviceError::NoSuchKey));
+    }
+}
+
+#[tokio::test]
+async fn a_secret_of_another_length_than_its_scheme_has_is_a_lie() {
+    let control = control("");
+    let engine = InProcess::<Scripted>::new({
+        let control = Arc::clone(&control);
+        move || Arc::clone(&control)
+    });
+    let device = Device::start("device", Scripted::KIND, Settings::default(), engine);
+    let state = Arc::clone(&*device.watch().wait_for(|state| state.health == Health::Ready).await.unwrap());
+    let key = state.scan.as_ref().unwrap().keys.iter().find(|key| &*key.slot.0 == b"p256").unwrap();
+    let PublicKey::Ecdsa(_, peer) = PublicKey::parse(&key.blob).unwrap() else { unreachable!("a P-256 key") };
+    let derive = || {
+        let operation = Operation::Derive { scheme: DeriveScheme::Ecdh, peer: peer.to_vec().into() };
+        device.operate(1, key, operation, Patience::default())
+    };
+    assert_eq!(derive().await.unwrap().secret().unwrap().len(), 32);
+    control.set_rules(vec![Rule::on(CallName::Derive, Action::Garbage)]);
+    assert!(matches!(derive().await, Err(DeviceError::Failed(_))));
 }

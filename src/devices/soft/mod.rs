@@ -1,6 +1,8 @@
 //! Keys in this process's memory: how they are made, used and sealed. Knows private values and arithmetic; no policy.
 
 pub mod ed25519;
+mod generate;
+pub mod kind;
 mod pkcs1;
 
 use std::{
@@ -19,9 +21,11 @@ use fips204::{
 };
 use zeroize::Zeroizing;
 
-use super::{DecryptScheme, DeriveScheme, DeviceError, Hash, Input, Open, Operation, Outcome, Scheme, Seal, Signature};
+use super::{
+    DecryptScheme, DeriveScheme, DeviceError, Input, Open, Operation, Outcome, PrivateHalf, Scheme, Seal, Signature,
+};
 use crate::{
-    public_key::{Curve, KeyType, MLDSA44_ED25519_LABEL, mldsa44_ed25519_message},
+    public_key::{Curve, KeyType, MLDSA44_ED25519_LABEL, PublicKey, mldsa44_ed25519_message},
     sys::rsa::{RsaIntegers, RsaKey},
 };
 use ed25519::ExpandedKey;
@@ -67,6 +71,19 @@ pub enum SoftParts<'a> {
         /// 32 bytes.
         public: &'a [u8],
     },
+}
+
+impl<'a> SoftParts<'a> {
+    /// The public half, as it was given.
+    pub fn public(&self) -> PublicKey<'a> {
+        match *self {
+            Self::Ed25519 { public, .. } | Self::Ed25519Expanded { public, .. } => PublicKey::Ed25519(public),
+            Self::Ecdsa { curve, point, .. } => PublicKey::Ecdsa(curve, point),
+            Self::Rsa(RsaIntegers { n, e, .. }) => PublicKey::Rsa { e, n },
+            Self::MlDsa44Ed25519 { public: (mldsa, ed25519), .. } => PublicKey::MlDsa44Ed25519(mldsa, ed25519),
+            Self::X25519 { public, .. } => PublicKey::X25519(public),
+        }
+    }
 }
 
 /// A private key that is open for signing, or sealed while the vault is locked.
@@ -145,64 +162,35 @@ impl SoftKey {
         Ok(Self { key_type: signer.key_type(), state: RwLock::new(State::Open(signer)) })
     }
 
-    /// Whether what it does takes so little time (up to some hundred microseconds) that it need not be handed to another
-    /// thread.
+    /// Its type.
+    pub fn key_type(&self) -> KeyType {
+        self.key_type
+    }
+
+    /// [`kind::is_fast`] of its type.
     pub fn is_fast(&self) -> bool {
-        match self.key_type {
-            KeyType::Ed25519 | KeyType::Ed25519Expanded | KeyType::X25519 => true,
-            KeyType::Ecdsa(curve) => curve != Curve::P521,
-            KeyType::Rsa | KeyType::MlDsa44Ed25519 | KeyType::SkEd25519 | KeyType::SkEcdsa => false,
-        }
+        kind::is_fast(self.key_type)
     }
 
-    /// How it signs. PSS with SHA-512 wants more than 1,024 bits.
+    /// [`kind::schemes`] of its type.
     pub fn schemes(&self) -> &'static [Scheme] {
-        use Hash::{Sha1, Sha256, Sha384, Sha512};
-        match self.key_type {
-            KeyType::Ed25519 | KeyType::Ed25519Expanded => &[Scheme::Ed25519, Scheme::Ed25519BlindedTor],
-            KeyType::Ecdsa(_) => &[Scheme::Ecdsa(Sha256), Scheme::Ecdsa(Sha384), Scheme::Ecdsa(Sha512)],
-            KeyType::Rsa => &[
-                Scheme::RsaPkcs1v15(Sha1),
-                Scheme::RsaPkcs1v15(Sha256),
-                Scheme::RsaPkcs1v15(Sha384),
-                Scheme::RsaPkcs1v15(Sha512),
-                Scheme::RsaPkcs1v15Raw,
-                Scheme::RsaPss(Sha256),
-                Scheme::RsaPss(Sha384),
-                Scheme::RsaPss(Sha512),
-            ],
-            KeyType::MlDsa44Ed25519 => &[Scheme::MlDsa44Ed25519],
-            KeyType::X25519 | KeyType::SkEd25519 | KeyType::SkEcdsa => &[],
-        }
+        kind::schemes(self.key_type)
     }
 
-    /// How it decrypts.
+    /// [`kind::decrypts`] of its type.
     pub fn decrypts(&self) -> &'static [DecryptScheme] {
-        match self.key_type {
-            KeyType::Rsa => {
-                &[DecryptScheme::RsaOaep(Hash::Sha1), DecryptScheme::RsaOaep(Hash::Sha256), DecryptScheme::RsaPkcs1v15]
-            }
-            _ => &[],
-        }
+        kind::decrypts(self.key_type)
     }
 
-    /// How it agrees on secrets.
+    /// [`kind::derives`] of its type.
     pub fn derives(&self) -> &'static [DeriveScheme] {
-        match self.key_type {
-            KeyType::Ecdsa(_) => &[DeriveScheme::Ecdh],
-            KeyType::X25519 => &[DeriveScheme::X25519],
-            _ => &[],
-        }
+        kind::derives(self.key_type)
     }
 
     /// Does what the key's type claims. [`Unsupported`](DeviceError::Unsupported) for everything else, for digests of a
     /// wrong length, for ciphertexts and peers that are none of this key's; never for bad padding of PKCS#1 v1.5.
     pub fn operate(&self, operation: &Operation<'_>) -> Result<Outcome, DeviceError> {
-        let claimed = match operation {
-            Operation::Sign { scheme, .. } => self.schemes().contains(scheme),
-            Operation::Decrypt { scheme, .. } => self.decrypts().contains(scheme),
-            Operation::Derive { scheme, .. } => self.derives().contains(scheme),
-        };
+        let claimed = operation.is_among(self.schemes(), self.decrypts(), self.derives());
         if !claimed {
             return Err(WRONG_SCHEME);
         }
@@ -222,6 +210,38 @@ impl SoftKey {
     pub fn sign(&self, scheme: Scheme, data: &[u8]) -> Result<Signature, DeviceError> {
         match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
             State::Open(signer) => signer.sign(scheme, &Input::Message(Cow::Borrowed(data))),
+            State::Sealed(_) => Err(DeviceError::Sealed),
+        }
+    }
+
+    /// A copy of its private values, for a device that takes the key over. [`Unsupported`](DeviceError::Unsupported) for
+    /// kinds that none does.
+    pub fn private_half(&self) -> Result<PrivateHalf, DeviceError> {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Open(signer) => signer.private_half(),
+            State::Sealed(_) => Err(DeviceError::Sealed),
+        }
+    }
+
+    /// Its private values in the form that [`from_secret`](Self::from_secret) takes: of each type its own, and of a length
+    /// that the type or the values themselves tell.
+    pub fn secret(&self) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Open(signer) => signer.secret(),
+            State::Sealed(_) => Err(DeviceError::Sealed),
+        }
+    }
+
+    /// The key of this type with these private values. Only what [`secret`](Self::secret) gave is for it: that an ECDSA
+    /// key's halves belong together shows here, and of other types nothing else is there.
+    pub fn from_secret(key_type: KeyType, secret: &[u8]) -> Result<Self, DeviceError> {
+        Ok(Self { key_type, state: RwLock::new(State::Open(Signer::from_secret(key_type, secret)?)) })
+    }
+
+    /// The blob of its public half.
+    pub fn public_blob(&self) -> Result<Vec<u8>, DeviceError> {
+        match &*self.state.read().unwrap_or_else(PoisonError::into_inner) {
+            State::Open(signer) => signer.public_blob(),
             State::Sealed(_) => Err(DeviceError::Sealed),
         }
     }
@@ -365,6 +385,49 @@ impl Signer {
         agree(key, UnparsedPublicKey::new(algorithm, peer), WRONG_PEER, |secret| Ok(Zeroizing::new(secret.to_vec())))
     }
 
+    fn private_half(&self) -> Result<PrivateHalf, DeviceError> {
+        let parts = match self {
+            Self::Ed25519 { pair, seed } => SoftParts::Ed25519 { seed, public: pair.public_key().as_ref() },
+            Self::Ecdsa { curve, pair, scalar } => {
+                SoftParts::Ecdsa { curve: *curve, scalar, point: pair.public_key().as_ref() }
+            }
+            Self::Rsa(key) => {
+                let half = key.with_integers(|&RsaIntegers { n, e, d, iqmp, p, q }| {
+                    PrivateHalf::of(&SoftParts::Rsa(RsaIntegers { n, e, d, iqmp, p, q }))
+                });
+                return half.ok_or_else(failed)?;
+            }
+            Self::X25519 { key, scalar } => {
+                let public = key.compute_public_key().map_err(|_| failed())?;
+                return PrivateHalf::of(&SoftParts::X25519 { secret: scalar, public: public.as_ref() });
+            }
+            Self::MlDsa44Ed25519 { .. } | Self::Ed25519Expanded(_) => {
+                return Err(DeviceError::unsupported("no device takes a key of this kind"));
+            }
+        };
+        PrivateHalf::of(&parts)
+    }
+
+    fn public_blob(&self) -> Result<Vec<u8>, DeviceError> {
+        Ok(match self {
+            Self::Ed25519 { pair, .. } => PublicKey::Ed25519(pair.public_key().as_ref()).to_blob(),
+            Self::Ed25519Expanded(key) => PublicKey::Ed25519(key.public()).to_blob(),
+            Self::Ecdsa { curve, pair, .. } => PublicKey::Ecdsa(*curve, pair.public_key().as_ref()).to_blob(),
+            Self::Rsa(key) => key
+                .with_integers(|integers| PublicKey::rsa(integers.n, integers.e).map(|public| public.to_blob()))
+                .and_then(Result::ok)
+                .ok_or_else(failed)?,
+            Self::X25519 { key, .. } => {
+                PublicKey::X25519(key.compute_public_key().map_err(|_| failed())?.as_ref()).to_blob()
+            }
+            Self::MlDsa44Ed25519 { seeds, .. } => {
+                let (_, public) = Self::mldsa44_ed25519(seeds)?;
+                let (mldsa, ed25519) = public.split_at_checked(ml_dsa_44::PK_LEN).ok_or_else(failed)?;
+                PublicKey::MlDsa44Ed25519(mldsa, ed25519).to_blob()
+            }
+        })
+    }
+
     /// The private values, from which [`Signer::from_secret`] makes the signer again.
     fn secret(&self) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
         Ok(match self {
@@ -441,7 +504,7 @@ fn sign_rsa(key: &RsaKey, scheme: Scheme, input: &Input<'_>) -> Result<Vec<u8>, 
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::{devices::verify::verify, public_key::PublicKey, rfc4251::Put};
+    use crate::{devices::verify::verify, rfc4251::Put};
 
     fn composite() -> (SoftKey, Vec<u8>) {
         let seeds = [[3; 32], [4; 32]].concat();
@@ -485,6 +548,27 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_leaves_is_the_same_elsewhere() {
+        let x25519 = agreement::PrivateKey::from_private_key(&agreement::X25519, &[9; 32]).unwrap();
+        let ed25519 = Ed25519KeyPair::from_seed_unchecked(&[9; 32]).unwrap();
+        let scalar = [&[0; 4][..], &[9; 28]].concat();
+        let p256 = agreement::PrivateKey::from_private_key(&agreement::ECDH_P256, &scalar).unwrap();
+        let (x25519, p256) = (x25519.compute_public_key().unwrap(), p256.compute_public_key().unwrap());
+        for parts in [
+            SoftParts::Ed25519 { seed: &[9; 32], public: ed25519.public_key().as_ref() },
+            SoftParts::X25519 { secret: &[9; 32], public: x25519.as_ref() },
+            SoftParts::Ecdsa { curve: Curve::P256, scalar: &scalar, point: p256.as_ref() },
+        ] {
+            let key = SoftKey::new(&parts).unwrap();
+            let half = key.private_half().unwrap();
+            let again = SoftKey::new(&half.parts().unwrap()).unwrap();
+            assert_eq!(again.private_half().unwrap().as_bytes(), half.as_bytes());
+            assert_eq!(again.key_type, key.key_type);
+        }
+        assert!(matches!(composite().0.private_half(), Err(DeviceError::Unsupported(_))));
+    }
+
+    #[test]
     fn halves_that_do_not_belong_together_are_refused() {
         let seeds = [[3; 32], [4; 32]].concat();
         let (ml_public, _) = ml_dsa_44::KG::keygen_from_seed(&[5; 32]);
@@ -494,7 +578,7 @@ mod tests {
         assert_eq!(SoftKey::new(&parts).unwrap_err(), MISMATCH);
         assert_eq!(
             composite().0.sign(Scheme::Ed25519, b"").unwrap_err().to_string().split(':').next(),
-            Some("the key cannot do this")
+            Some("this cannot be done")
         );
     }
 }

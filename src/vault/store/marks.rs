@@ -3,7 +3,7 @@
 //! A mark is a keyed hash. Where marks are in a file it is stretched by Argon2id besides, because a PIN has few values
 //! and the key lies beside the marks: whoever reads the file can try them all, and each try shall cost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use aws_lc_rs::hmac;
 use secrecy::{ExposeSecret, SecretString};
@@ -38,11 +38,22 @@ pub(super) struct Marks {
     /// Argon2id's salt, where marks go to a file.
     salt: Option<[u8; 16]>,
     known: BTreeMap<String, BTreeMap<Digest, MarkState>>,
+    /// After marks may have been lost: the serials whose PINs a person allowed again. All others' are held.
+    released: Option<BTreeSet<String>>,
 }
 
 impl Marks {
     pub(super) fn stretched(salt: [u8; 16]) -> Self {
         Self { salt: Some(salt), ..Self::default() }
+    }
+
+    /// Holds all PINs but those of the tokens in `released`: whether they were refused is not known any more.
+    pub(super) fn hold(&mut self, released: Option<BTreeSet<String>>) {
+        self.released = released;
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.released.is_some()
     }
 
     /// The mark of a tag. Takes some 50 ms and 24 MiB where marks are stretched.
@@ -53,19 +64,23 @@ impl Marks {
         }
     }
 
-    /// Whether the PIN may be sent and its mark kept. A person who types it again allows it when its outcome is not known.
-    pub(super) fn check(&self, serial: &str, digest: &Digest, typed: bool) -> Result<(), MarkError> {
+    /// Whether the PIN may be sent and its mark kept. A person who types it again allows it when its outcome is not known:
+    /// that it is so is told.
+    pub(super) fn check(&self, serial: &str, digest: &Digest, typed: bool) -> Result<bool, MarkError> {
         let of_serial = self.known.get(serial);
         match of_serial.and_then(|marks| marks.get(digest)) {
-            Some(MarkState::Pending) if typed => return Ok(()),
+            Some(MarkState::Pending) if typed => return Ok(true),
             Some(MarkState::Pending) => return Err(MarkError::Pending),
             Some(MarkState::Refused) => return Err(MarkError::Refused),
+            None if !typed && self.released.as_ref().is_some_and(|released| !released.contains(serial)) => {
+                return Err(MarkError::Pending);
+            }
             None => {}
         }
         if of_serial.is_some_and(|marks| marks.len() >= MAX_OF_SERIAL) || self.len() >= MAX_MARKS {
             return Err(MarkError::TooMany);
         }
-        Ok(())
+        Ok(false)
     }
 
     pub(super) fn set(&mut self, serial: &str, digest: Digest, state: MarkState) {
@@ -83,6 +98,7 @@ impl Marks {
 
     pub(super) fn clear_serial(&mut self, serial: &str) {
         self.known.remove(serial);
+        self.released.as_mut().map(|released| released.insert(serial.to_owned()));
     }
 
     fn len(&self) -> usize {

@@ -1,130 +1,63 @@
-//! What must survive a restart: which devices there are, where keys are, and which PINs must not be sent again. Knows
-//! devices by name; opens none of them.
+//! What must survive a restart: which devices there are, where keys are, which PINs must not be sent again, and how far
+//! the audit log was written. Knows devices by name; opens none of them.
 //!
 //! Everything is read once, at the start. Each change is on the disk before its caller hears of it. One thread writes, so
 //! that a slow disk holds up nobody else. Without a file the PIN marks are the same, in memory, with no thread and no
 //! clock.
 
+mod changes;
+mod contents;
+mod copy;
+mod envelope;
+mod error;
 mod file;
 mod marks;
+mod master;
+mod offer;
 mod record;
+mod recover;
+mod salvage;
+mod sealed;
+mod slot;
+mod tables;
 
 use std::{
-    io,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread,
 };
 
-use aws_lc_rs::{hmac, rand};
+use aws_lc_rs::hmac;
+use rustix::rand::{GetRandomFlags, getrandom};
 use secrecy::SecretString;
-use thiserror::Error;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use zeroize::Zeroizing;
 
-use crate::devices::{FoundKey, Scan};
-use file::{StateFile, quoted};
+use super::audit::Head;
+use crate::devices::{FoundKey, Scan, Slot};
+use file::StateFile;
+
+pub use error::{MarkError, StoreError};
+pub(super) use file::private;
+pub use master::{MasterKey, SealError};
+pub use offer::{MAX_OFFERS, SealedOffer};
+pub use recover::Recovery;
+#[cfg(test)]
+pub(in crate::vault) use sealed::tests::any_metadata;
+pub use sealed::{KeyId, MAX_CERTIFICATES, MAX_COMMENT, MAX_DESTINATIONS, MAX_SECRET, Metadata, SealedKey};
+pub use slot::{KEY_FILE_LENGTHS, KeySlot, MAX_SLOTS, SlotError, SlotKind, looks_like_recovery_key};
+
 use marks::{Digest, Marks};
 use record::MarkState;
+use tables::{Change, Fault};
 
 /// How many changes may wait for the disk; further callers wait for a place.
 const QUEUE: usize = 64;
-
-/// Why there is no store, or a change was not kept. The messages say what to do.
-#[derive(Debug, Error)]
-pub enum StoreError {
-    /// The system refused: make room or mend the directory, or name another.
-    #[error("{path}: {source}; mend that, or name another directory with --state", path = path.display())]
-    Io {
-        /// The file or directory.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// Others can reach it.
-    #[error("{path} has mode {mode:04o}, so that others can reach it; run: {command}", path = path.display())]
-    Exposed {
-        /// The file or directory.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-        /// What mends it.
-        command: String,
-    },
-    /// It belongs to somebody else.
-    #[error("{path} belongs to uid {uid}; start as that user, or run as root: {command}", path = path.display())]
-    Owner {
-        /// The file or directory.
-        path: PathBuf,
-        /// Its owner.
-        uid: u32,
-        /// What mends it.
-        command: String,
-    },
-    /// Another process has it open, or this one a second time.
-    #[error("{path} is used by another strongroom; end that one, or name another directory with --state", path = path.display())]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A later version of this program wrote it. Nothing was changed.
-    #[error(
-        "{path} was written by a newer strongroom (schema {version}; this one knows up to {known}); \
-         start that one, or name another directory with --state",
-        path = path.display()
-    )]
-    Newer {
-        /// The file.
-        path: PathBuf,
-        /// Its schema version.
-        version: u32,
-        /// The newest version that this program knows.
-        known: u32,
-    },
-    /// The file is not what was written. It holds the refused PINs, so nothing goes on without a person.
-    #[error(
-        "{path} is damaged: {why}. Make sure that the PINs in the configuration are right, since those that were refused \
-         are no longer known; then move the file away: mv {quoted} {quoted}.damaged; keys are found again by looking at \
-         the devices",
-        path = path.display(), quoted = quoted(path)
-    )]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it, for a person.
-        why: String,
-    },
-    /// The system gives no random numbers.
-    #[error("the system gives no random numbers")]
-    NoRandom,
-    /// No thread can be started.
-    #[error("no thread can be started: {0}; look at the limit on processes (ulimit -u)")]
-    Thread(#[source] io::Error),
-    /// The store was closed: the vault is ending.
-    #[error("the vault is ending")]
-    Closed,
-}
-
-/// Why a PIN must not be sent.
-#[derive(Debug, Error)]
-pub enum MarkError {
-    /// It was sent before and nobody knows what became of it. A person has to say that it is right:
-    /// [`Store::forget_pins`].
-    #[error("this PIN was sent before and the token's answer is not known; it is not sent again until you allow it")]
-    Pending,
-    /// The token refused it before: give another, or have a person say that it is right: [`Store::forget_pins`].
-    #[error("this PIN was refused before; it is not sent again until you allow it")]
-    Refused,
-    /// More PINs were refused than are remembered: [`Store::forget_pins`].
-    #[error("too many PINs were refused; none is sent until you allow it")]
-    TooMany,
-    /// Its mark could not be made; there may be too little memory.
-    #[error("the PIN could not be marked as sent, so it was not sent")]
-    Hash,
-    /// Its mark could not be kept.
-    #[error("the PIN could not be marked as sent, so it was not sent: {0}")]
-    Store(#[from] StoreError),
-}
+/// How many PINs may be on their way at a time.
+const MAX_ON_THEIR_WAY: u32 = 65_536;
 
 /// A device that was seen before, and the keys on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,13 +83,29 @@ pub struct Store(Arc<Inner>);
 struct Inner {
     /// Makes PIN marks.
     key: hmac::Key,
+    /// Whether there is a slot.
+    initialised: AtomicBool,
+    /// What had to be mended when it was opened.
+    recovery: Option<Recovery>,
     worker: Worker,
+    /// A place for each PIN that is on its way.
+    on_their_way: Arc<Semaphore>,
+}
+
+/// What an opened store remembers.
+pub struct Opened {
+    /// The store.
+    pub store: Store,
+    /// The devices that were seen before.
+    pub devices: Vec<KnownDevice>,
+    /// The keys in the store, ordered by [`KeyId`].
+    pub keys: Vec<SealedKey>,
 }
 
 /// Where work on the ledger is done.
 enum Worker {
     /// On the spot: nothing in it blocks.
-    Here(Mutex<Ledger>),
+    Here(Box<Mutex<Ledger>>),
     /// On the store's thread.
     Thread(mpsc::Sender<Job>),
 }
@@ -166,6 +115,8 @@ type Job = Box<dyn FnOnce(&mut Ledger) + Send>;
 /// The marks, and where they and everything else are kept.
 struct Ledger {
     marks: Marks,
+    /// By number.
+    slots: Vec<KeySlot>,
     keeping: Keeping,
 }
 
@@ -179,15 +130,17 @@ impl Store {
     /// Opens the state file in `directory`, or makes both, and gives what it remembers. Blocks while it reads and checks
     /// all of it.
     ///
-    /// A damaged file is an error, not an empty store: its PIN marks are what keeps a wrong PIN from being sent until the
-    /// token blocks itself.
-    pub fn open(directory: &Path) -> Result<(Self, Vec<KnownDevice>), StoreError> {
-        let (file, contents) = StateFile::open(directory)?;
+    /// What is damaged is mended from the second copy, or else from what can be read of both, and
+    /// [`recovery`](Self::recovery) says what was lost. When nothing can be read it is an error, not an empty store.
+    pub fn open(directory: &Path) -> Result<Opened, StoreError> {
+        let (file, contents, recovery) = StateFile::open(directory)?;
         let mut marks = Marks::stretched(contents.secret.salt);
+        marks.hold(contents.held);
         for (serial, digest, state) in contents.marks {
             marks.set(&serial, digest, state);
         }
-        let mut ledger = Ledger { marks, keeping: Keeping::File(file) };
+        let initialised = AtomicBool::new(!contents.slots.is_empty());
+        let mut ledger = Ledger { marks, slots: contents.slots, keeping: Keeping::File(file) };
         let (sender, mut jobs) = mpsc::channel::<Job>(QUEUE);
         let serve = move || {
             while let Some(job) = jobs.blocking_recv() {
@@ -196,16 +149,32 @@ impl Store {
         };
         thread::Builder::new().name("store".to_owned()).spawn(serve).map_err(StoreError::Thread)?;
         let key = hmac::Key::new(hmac::HMAC_SHA256, &*contents.secret.key);
-        Ok((Self(Arc::new(Inner { key, worker: Worker::Thread(sender) })), contents.devices))
+        let worker = Worker::Thread(sender);
+        if let Some(mended) = &recovery {
+            mended.log();
+        }
+        let store = Self(Arc::new(Inner { key, initialised, recovery, worker, on_their_way: places() }));
+        Ok(Opened { store, devices: contents.devices, keys: contents.keys })
     }
 
     /// A store that ends with the process.
     pub fn in_memory() -> Result<Self, StoreError> {
         let mut key = Zeroizing::new([0; 32]);
-        rand::fill(&mut *key).map_err(|_| StoreError::NoRandom)?;
-        let ledger = Ledger { marks: Marks::default(), keeping: Keeping::Memory };
+        // The system's own: the first number of aws-lc's generator takes tens of milliseconds, for which a start would wait.
+        let filled = getrandom(&mut *key, GetRandomFlags::empty()).map_err(|_| StoreError::NoRandom)?;
+        if filled < key.len() {
+            return Err(StoreError::NoRandom);
+        }
+        let ledger = Ledger { marks: Marks::default(), slots: Vec::new(), keeping: Keeping::Memory };
         let key = hmac::Key::new(hmac::HMAC_SHA256, &*key);
-        Ok(Self(Arc::new(Inner { key, worker: Worker::Here(Mutex::new(ledger)) })))
+        let worker = Worker::Here(Box::new(Mutex::new(ledger)));
+        let initialised = AtomicBool::new(false);
+        Ok(Self(Arc::new(Inner { key, initialised, recovery: None, worker, on_their_way: places() })))
+    }
+
+    /// Whether it is a file.
+    pub fn is_durable(&self) -> bool {
+        matches!(self.0.worker, Worker::Thread(_))
     }
 
     /// Keeps what a scan found on the device called `device`: in place of what was known of it when the scan is complete,
@@ -219,13 +188,19 @@ impl Store {
         now: u64,
     ) -> Result<(), StoreError> {
         let device = device.to_owned();
-        self.run(move |ledger| ledger.keep(|file| file.remember(&device, kind, &scan, now))).await?
+        self.run(move |ledger| ledger.keep(|change| changes::remember(change, &device, kind, &scan, now))).await?
     }
 
     /// Drops a device that will not come back, and its keys' places. What its tokens refused stays known.
     pub async fn forget_device(&self, device: &str) -> Result<(), StoreError> {
         let device = device.to_owned();
-        self.run(move |ledger| ledger.keep(|file| file.forget_device(&device))).await?
+        self.run(move |ledger| ledger.keep(|change| changes::forget_device(change, &device))).await?
+    }
+
+    /// Drops the place of one key, which was deleted from the device.
+    pub async fn forget_key(&self, device: &str, slot: &Slot) -> Result<(), StoreError> {
+        let (device, slot) = (device.to_owned(), slot.clone());
+        self.run(move |ledger| ledger.keep(|change| changes::forget_key(change, &device, &slot))).await?
     }
 
     /// Before a PIN is sent: marks it as pending, durably. An error means that it must not be sent.
@@ -233,28 +208,152 @@ impl Store {
     /// `serial` is the token's; tokens without one share theirs, and a try. A PIN that a person has just typed is sent
     /// although what became of it the last time is not known, but not when it was refused.
     pub async fn begin(&self, serial: &str, pin: &SecretString, typed: bool) -> Result<Attempt, MarkError> {
+        let place = Arc::clone(&self.0.on_their_way).acquire_owned().await.map_err(|_| StoreError::Closed)?;
         let tag = marks::tag(&self.0.key, serial, pin);
         let serial = serial.to_owned();
-        let (digest, serial) =
-            self.run(move |ledger| ledger.begin(&tag, &serial, typed).map(|mark| (mark, serial))).await??;
-        Ok(Attempt { store: self.clone(), serial, digest })
+        let (digest, was_pending, serial) =
+            self.run(move |ledger| ledger.begin(&tag, &serial, typed).map(|(mark, was)| (mark, was, serial))).await??;
+        Ok(Attempt { store: self.clone(), serial, digest, was_pending, _place: place })
+    }
+
+    /// Completes when no PIN is on its way: what became of each is known, or will never be. None sets out meanwhile.
+    pub async fn pins_have_arrived(&self) {
+        let _ = self.0.on_their_way.acquire_many(MAX_ON_THEIR_WAY).await;
+    }
+
+    /// Whether no PIN is on its way.
+    pub fn have_pins_arrived(&self) -> bool {
+        self.0.on_their_way.available_permits() == MAX_ON_THEIR_WAY as usize
     }
 
     /// A person says that this token's PINs may be sent again, whatever became of them before.
     pub async fn forget_pins(&self, serial: &str) -> Result<(), StoreError> {
         let serial = serial.to_owned();
         self.run(move |ledger| {
-            ledger.keep(|file| file.clear_marks(&serial))?;
+            let held = ledger.marks.is_held();
+            ledger.keep(|change| changes::clear_marks(change, &serial, held))?;
             ledger.marks.clear_serial(&serial);
             Ok(())
         })
         .await?
     }
 
+    /// What had to be mended when the store was opened, if anything.
+    pub fn recovery(&self) -> Option<&Recovery> {
+        self.0.recovery.as_ref()
+    }
+
+    /// Whether there is something that opens stored keys: a slot.
+    pub fn is_initialised(&self) -> bool {
+        self.0.initialised.load(Relaxed)
+    }
+
+    /// Begins a store with these slots, of which each wraps the same master key under a number of its own. Refused with
+    /// [`StoreError::AlreadyInitialised`] when there are slots already.
+    pub async fn initialise(&self, slots: Vec<KeySlot>) -> Result<(), StoreError> {
+        self.slot_change(slots, |change, slots| changes::initialise(change, slots), |own, slots| *own = slots).await?;
+        self.0.initialised.store(true, Relaxed);
+        Ok(())
+    }
+
+    /// The slots, ordered by number.
+    pub async fn slots(&self) -> Result<Vec<KeySlot>, StoreError> {
+        self.run(|ledger| ledger.slots.clone()).await
+    }
+
+    /// Adds a slot. Its number must be free: [`StoreError::SlotTaken`].
+    pub async fn add_slot(&self, slot: KeySlot) -> Result<(), StoreError> {
+        self.slot_change(slot, changes::add_slot, Vec::push).await
+    }
+
+    /// Puts a slot in the place of the one with its number, as for another passphrase; in one step, so that there is
+    /// always one or the other.
+    pub async fn replace_slot(&self, slot: KeySlot) -> Result<(), StoreError> {
+        let number = slot.number();
+        let replace = move |own: &mut Vec<KeySlot>, slot| {
+            own.retain(|other| other.number() != number);
+            own.push(slot);
+        };
+        self.slot_change(slot, changes::replace_slot, replace).await
+    }
+
+    /// Removes a slot; not the last: [`StoreError::LastSlot`].
+    pub async fn remove_slot(&self, number: u32) -> Result<(), StoreError> {
+        let remove = |own: &mut Vec<KeySlot>, number| own.retain(|slot| slot.number() != number);
+        self.slot_change(number, |change, &number| changes::remove_slot(change, number), remove).await
+    }
+
+    /// Keeps a key, in place of the one with its [`KeyId`] if there is one.
+    pub async fn put_key(&self, key: SealedKey) -> Result<(), StoreError> {
+        self.replace_keys(Vec::new(), vec![key]).await
+    }
+
+    /// Removes a key. It is no error when it is not there.
+    pub async fn remove_key(&self, id: KeyId) -> Result<(), StoreError> {
+        self.replace_keys(vec![id], Vec::new()).await
+    }
+
+    /// Removes some keys and puts others, all in one step: after a power cut it is all of it or nothing.
+    pub async fn replace_keys(&self, remove: Vec<KeyId>, put: Vec<SealedKey>) -> Result<(), StoreError> {
+        self.run(move |ledger| ledger.keep_stored(|change| changes::replace_keys(change, &remove, &put))).await?
+    }
+
+    /// Changes slots in the file, then in memory.
+    async fn slot_change<T: Send + 'static>(
+        &self,
+        what: T,
+        file: impl FnOnce(&mut Change<'_>, &T) -> Result<(), Fault> + Send + 'static,
+        memory: impl FnOnce(&mut Vec<KeySlot>, T) + Send + 'static,
+    ) -> Result<(), StoreError> {
+        self.run(move |ledger| {
+            ledger.keep_stored(|change| file(change, &what))?;
+            memory(&mut ledger.slots, what);
+            ledger.slots.sort_by_key(KeySlot::number);
+            Ok(())
+        })
+        .await?
+    }
+
+    /// How far the audit log was written when that was last kept. Blocks: not for a task.
+    pub fn audit_head(&self) -> Result<Option<Head>, StoreError> {
+        self.run_blocking(|ledger| match &mut ledger.keeping {
+            Keeping::Memory => Ok(None),
+            Keeping::File(file) => file.audit_head(),
+            Keeping::Closed => Err(StoreError::Closed),
+        })?
+    }
+
+    /// Keeps how far the audit log is written. Blocks until it is on the disk: not for a task.
+    pub fn keep_audit_head(&self, head: Head) -> Result<(), StoreError> {
+        self.run_blocking(move |ledger| ledger.keep_in(false, |change| changes::keep_audit_head(change, &head)))?
+    }
+
+    /// The same as [`audit_head`](Self::audit_head), of a directory that no daemon has open; makes nothing. `None` when
+    /// there is no state file either.
+    pub fn audit_head_in(directory: &Path) -> Result<Option<Head>, StoreError> {
+        StateFile::open_if_there(directory)?.map_or(Ok(None), |mut file| file.audit_head())
+    }
+
     /// Completes when everything before is done and the file is closed, so that another process can open it. Everything
     /// after fails with [`StoreError::Closed`].
     pub async fn close(&self) {
         let _ = self.run(|ledger| ledger.keeping = Keeping::Closed).await;
+    }
+
+    /// Does `work` on the ledger, for a thread that may block.
+    fn run_blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Ledger) -> T + Send + 'static,
+    ) -> Result<T, StoreError> {
+        match &self.0.worker {
+            Worker::Here(ledger) => Ok(work(&mut ledger.lock().unwrap_or_else(PoisonError::into_inner))),
+            Worker::Thread(jobs) => {
+                let (sender, receiver) = oneshot::channel();
+                let job = move |ledger: &mut Ledger| drop(sender.send(work(ledger)));
+                jobs.blocking_send(Box::new(job)).map_err(|_| StoreError::Closed)?;
+                receiver.blocking_recv().map_err(|_| StoreError::Closed)
+            }
+        }
     }
 
     /// Does `work` on the ledger. It is not begun once the caller has given up, and finished once it is begun.
@@ -285,6 +384,13 @@ pub struct Attempt {
     store: Store,
     serial: String,
     digest: Digest,
+    /// Whether it was pending before.
+    was_pending: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+fn places() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(MAX_ON_THEIR_WAY as usize))
 }
 
 impl Attempt {
@@ -293,28 +399,34 @@ impl Attempt {
         self.end(None).await
     }
 
+    /// It was not sent after all: what is known of it is what was known before.
+    pub async fn withdrawn(self) -> Result<(), StoreError> {
+        if self.was_pending { Ok(()) } else { self.end(None).await }
+    }
+
     /// The token refused it.
     pub async fn refused(self) -> Result<(), StoreError> {
         self.end(Some(MarkState::Refused)).await
     }
 
     async fn end(self, state: Option<MarkState>) -> Result<(), StoreError> {
-        let Self { store, serial, digest } = self;
+        let Self { store, serial, digest, .. } = self;
         store.run(move |ledger| ledger.mark(&serial, &digest, state)).await?
     }
 }
 
 impl Ledger {
-    fn begin(&mut self, tag: &Digest, serial: &str, typed: bool) -> Result<Digest, MarkError> {
+    /// The mark, and whether it was pending before.
+    fn begin(&mut self, tag: &Digest, serial: &str, typed: bool) -> Result<(Digest, bool), MarkError> {
         let digest = self.marks.digest(tag)?;
-        self.marks.check(serial, &digest, typed)?;
+        let was_pending = self.marks.check(serial, &digest, typed)?;
         self.mark(serial, &digest, Some(MarkState::Pending))?;
-        Ok(digest)
+        Ok((digest, was_pending))
     }
 
     /// The file first: what is not on the disk is not acknowledged.
     fn mark(&mut self, serial: &str, digest: &Digest, state: Option<MarkState>) -> Result<(), StoreError> {
-        self.keep(|file| file.mark(serial, digest, state))?;
+        self.keep(|change| changes::mark(change, serial, digest, state))?;
         match state {
             Some(state) => self.marks.set(serial, *digest, state),
             None => self.marks.clear(serial, digest),
@@ -322,14 +434,48 @@ impl Ledger {
         Ok(())
     }
 
+    /// Makes a change to what is stored for good: never in memory alone.
+    fn keep_stored(&mut self, change: impl FnOnce(&mut Change<'_>) -> Result<(), Fault>) -> Result<(), StoreError> {
+        if matches!(self.keeping, Keeping::Memory) {
+            return Err(StoreError::NotDurable);
+        }
+        self.keep(change)
+    }
+
     /// Makes a change to the file, where there is one.
-    fn keep(&mut self, change: impl FnOnce(&mut StateFile) -> Result<(), StoreError>) -> Result<(), StoreError> {
+    fn keep(&mut self, change: impl FnOnce(&mut Change<'_>) -> Result<(), Fault>) -> Result<(), StoreError> {
+        self.keep_in(true, change)
+    }
+
+    /// The same; with `twice`, it is in the second copy, too, when this returns.
+    fn keep_in(
+        &mut self,
+        twice: bool,
+        change: impl FnOnce(&mut Change<'_>) -> Result<(), Fault>,
+    ) -> Result<(), StoreError> {
         match &mut self.keeping {
             Keeping::Memory => Ok(()),
-            Keeping::File(file) => change(file),
+            Keeping::File(file) => file.write(twice, change),
             Keeping::Closed => Err(StoreError::Closed),
         }
     }
+}
+
+/// Reads `bytes` as everything that is in the files. What is read is the same when written again.
+#[cfg(fuzzing)]
+pub fn fuzz(bytes: &[u8]) {
+    if let Some((number, key)) = bytes.split_first_chunk::<4>() {
+        assert!(KeySlot::decode(number, key).map_or(true, |slot| slot.encode() == key));
+    }
+    if let Some((id, key)) = bytes.split_first_chunk::<32>() {
+        assert!(SealedKey::decode(id, key).map_or(true, |sealed| sealed.encode() == key));
+    }
+    if let Ok(metadata) = Metadata::decode(bytes) {
+        assert_eq!(metadata.encode(), bytes);
+    }
+    let _ = copy::read(bytes);
+    let (main, copy) = bytes.split_at(bytes.len() / 2);
+    let _ = (salvage::salvage(main, copy), salvage::salvage(bytes, bytes));
 }
 
 #[cfg(test)]

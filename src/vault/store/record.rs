@@ -2,12 +2,16 @@
 //!
 //! What is read is bounded like what a stranger sends: the file may have been damaged or made by somebody else.
 
+use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::PathBuf};
+
+use aws_lc_rs::{error::Unspecified, rand};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
 use crate::{
     devices::{DecryptScheme, DeriveScheme, FoundKey, Hash, MAX_BLOB, MAX_LABEL, MAX_SLOT, Scheme, Slot},
     rfc4251::{Put, Reader, WireError},
+    vault::audit::{Head, Position},
 };
 
 /// The longest record, in bytes.
@@ -19,7 +23,7 @@ const MAX_SCHEMES: usize = 64;
 
 /// Why a record is not one.
 #[derive(Debug, Error)]
-pub(super) enum RecordError {
+pub(in crate::vault) enum RecordError {
     #[error(transparent)]
     Wire(#[from] WireError),
     #[error("its version is {0}, and this program knows 1")]
@@ -52,13 +56,13 @@ pub(super) enum MarkState {
     Refused,
 }
 
-const VERSION: u8 = 1;
+pub(super) const VERSION: u8 = 1;
 
 fn begin() -> Vec<u8> {
     vec![VERSION]
 }
 
-fn open(bytes: &[u8]) -> Result<Reader<'_>, RecordError> {
+pub(super) fn open(bytes: &[u8]) -> Result<Reader<'_>, RecordError> {
     if bytes.len() > MAX_RECORD {
         return Err(RecordError::Invalid("it is longer than 256 KiB"));
     }
@@ -88,6 +92,35 @@ impl DeviceRecord {
     }
 }
 
+/// How far the audit log was written.
+pub(super) fn encode_head(head: &Head) -> Vec<u8> {
+    let mut out = begin();
+    out.put_string(head.directory.as_os_str().as_encoded_bytes());
+    for Position { seq, hash } in [&head.last, &head.before_oldest] {
+        out.extend_from_slice(&seq.to_be_bytes());
+        out.put_string(hash);
+    }
+    for number in [head.file, head.length, head.oldest_file] {
+        out.extend_from_slice(&number.to_be_bytes());
+    }
+    out
+}
+
+/// What [`encode_head`] wrote.
+pub(super) fn decode_head(bytes: &[u8]) -> Result<Head, RecordError> {
+    let mut r = open(bytes)?;
+    let directory = PathBuf::from(OsStr::from_bytes(r.string()?));
+    let mut position = || {
+        let (seq, hash) = (r.u64()?, r.string()?);
+        let hash = hash.try_into().map_err(|_| RecordError::Invalid("a hash has 32 bytes"))?;
+        Ok::<_, RecordError>(Position { seq, hash })
+    };
+    let (last, before_oldest) = (position()?, position()?);
+    let head = Head { directory, last, file: r.u64()?, length: r.u64()?, oldest_file: r.u64()?, before_oldest };
+    r.finish()?;
+    Ok(head)
+}
+
 /// A key's place, without its slot, which is the record's name.
 pub(super) fn encode_key(key: &FoundKey) -> Vec<u8> {
     let mut out = begin();
@@ -98,6 +131,8 @@ pub(super) fn encode_key(key: &FoundKey) -> Vec<u8> {
     put_list(&mut out, &key.decrypts, |out, scheme| out.extend_from_slice(&decrypt_code(*scheme)));
     put_list(&mut out, &key.derives, |out, scheme| out.push(derive_code(*scheme)));
     out.push(u8::from(key.touch));
+    out.push(u8::from(key.ssh));
+    out.put_string(key.note.as_bytes());
     out
 }
 
@@ -107,7 +142,7 @@ pub(super) fn decode_key(slot: &[u8], bytes: &[u8]) -> Result<FoundKey, RecordEr
         return Err(RecordError::Invalid("the slot is too long"));
     }
     let mut r = open(bytes)?;
-    let key = FoundKey {
+    let mut key = FoundKey {
         slot: Slot(slot.into()),
         blob: blob(r.string()?)?,
         certificates: list(&mut r, MAX_CERTIFICATES, |r| blob(r.string()?))?,
@@ -116,12 +151,27 @@ pub(super) fn decode_key(slot: &[u8], bytes: &[u8]) -> Result<FoundKey, RecordEr
         decrypts: list(&mut r, MAX_SCHEMES, |r| decrypt([r.u8()?, r.u8()?]))?,
         derives: list(&mut r, MAX_SCHEMES, |r| derive(r.u8()?))?,
         touch: r.bool()?,
+        ssh: true,
+        note: String::new(),
     };
+    // The records of the first version end here.
+    if !r.is_empty() {
+        key.ssh = r.bool()?;
+        key.note = label(r.string()?)?;
+    }
     r.finish()?;
     Ok(key)
 }
 
 impl MarkSecret {
+    /// A new one.
+    pub(super) fn generate() -> Result<Self, Unspecified> {
+        let mut secret = Self { key: Zeroizing::new([0; 32]), salt: [0; 16] };
+        rand::fill(&mut *secret.key)?;
+        rand::fill(&mut secret.salt)?;
+        Ok(secret)
+    }
+
     pub(super) fn encode(&self) -> Zeroizing<Vec<u8>> {
         // With its capacity in advance, so that growing leaves no copy of the key behind.
         let mut out = Vec::with_capacity(1 + 32 + 16);
@@ -180,14 +230,14 @@ fn blob(bytes: &[u8]) -> Result<Box<[u8]>, RecordError> {
     Ok(bytes.into())
 }
 
-fn put_list<T>(out: &mut Vec<u8>, items: &[T], put: impl Fn(&mut Vec<u8>, &T)) {
+pub(super) fn put_list<T>(out: &mut Vec<u8>, items: &[T], put: impl Fn(&mut Vec<u8>, &T)) {
     out.put_u32(u32::try_from(items.len()).unwrap_or(u32::MAX));
     for item in items {
         put(out, item);
     }
 }
 
-fn list<'a, T>(
+pub(super) fn list<'a, T>(
     r: &mut Reader<'a>,
     max: usize,
     read: impl Fn(&mut Reader<'a>) -> Result<T, RecordError>,
@@ -305,7 +355,16 @@ mod tests {
             decrypts,
             derives: vec![DeriveScheme::Ecdh, DeriveScheme::X25519],
             touch: true,
+            ssh: false,
+            note: "ABCD".to_owned(),
         }
+    }
+
+    #[test]
+    fn a_key_of_the_first_version_is_offered_to_ssh() {
+        let key = FoundKey { ssh: true, note: String::new(), ..versatile() };
+        let bytes = encode_key(&key);
+        assert_eq!(decode_key(b"slot", &bytes[..bytes.len() - 5]).unwrap(), key);
     }
 
     #[test]
@@ -358,7 +417,7 @@ mod tests {
             let at = at.index(bytes.len());
             bytes[at] ^= 1 << bit;
             // `touch` is true for every byte but 0.
-            prop_assume!(at + 1 != bytes.len());
+            prop_assume!(at + 10 != bytes.len());
             prop_assert!(decode_key(b"slot", &bytes).ok() != Some(versatile()));
         }
     }

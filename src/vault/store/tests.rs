@@ -1,21 +1,29 @@
 //! The store as the vault uses it: what survives, who is kept out, what damage does.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod damage;
+
 use std::{
     env,
     fs::{self, Permissions},
-    io::{BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     os::unix::fs::{PermissionsExt, symlink},
+    path::PathBuf,
     process::{Command, Stdio},
     sync::OnceLock,
 };
 
-use proptest::prelude::*;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use tempfile::TempDir;
 
-use super::*;
-use crate::devices::{DecryptScheme, DeriveScheme, Hash, MAX_BLOB, MAX_KEYS, Scheme, Slot, Status};
+use super::{
+    envelope::{Envelope, Table, name, part_name},
+    *,
+};
+use crate::{
+    devices::{DecryptScheme, DeriveScheme, Hash, MAX_BLOB, MAX_KEYS, Scheme, Slot, Status},
+    vault::seal::Cost,
+};
 
 fn key(n: usize) -> FoundKey {
     FoundKey {
@@ -27,12 +35,14 @@ fn key(n: usize) -> FoundKey {
         decrypts: vec![DecryptScheme::RsaOaep(Hash::Sha1)],
         derives: vec![DeriveScheme::Ecdh],
         touch: n.is_multiple_of(2),
+        ssh: true,
+        note: String::new(),
     }
 }
 
 fn scan(keys: impl IntoIterator<Item = usize>, complete: bool) -> Arc<Scan> {
     let status = Status { serial: "0815".to_owned(), ..Status::default() };
-    Arc::new(Scan { keys: keys.into_iter().map(key).collect(), complete, status })
+    Arc::new(Scan { keys: keys.into_iter().map(key).collect(), complete, status, ..Scan::default() })
 }
 
 fn hsm(keys: impl IntoIterator<Item = usize>, first_seen: u64, last_seen: u64) -> KnownDevice {
@@ -76,8 +86,18 @@ impl Place {
         self.directory().join("state.redb")
     }
 
+    fn copy(&self) -> PathBuf {
+        self.directory().join("state.copy")
+    }
+
     #[track_caller]
     fn open(&self) -> (Store, Vec<KnownDevice>) {
+        let opened = self.open_all();
+        (opened.store, opened.devices)
+    }
+
+    #[track_caller]
+    fn open_all(&self) -> Opened {
         Store::open(&self.directory()).unwrap()
     }
 
@@ -180,12 +200,19 @@ fn the_directory_and_the_file_are_the_owners_alone() {
     drop(Store::open(&deep).unwrap());
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode(&deep), mode(&deep.join("state.redb"))), (0o700, 0o600));
-    let names: Vec<_> = fs::read_dir(&deep).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(names, ["state.redb"]);
+    let mut names: Vec<_> = fs::read_dir(&deep).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["state.copy", "state.redb"]);
 
     let mended = |path: &Path, bad: u32, good: u32| {
         fs::set_permissions(path, Permissions::from_mode(bad)).unwrap();
-        let error = Store::open(&deep).err().unwrap();
+        let error = loop {
+            match Store::open(&deep) {
+                // The thread that had it open ends a moment after the last handle.
+                Err(StoreError::InUse { .. }) => thread::yield_now(),
+                opened => break opened.err().unwrap(),
+            }
+        };
         let StoreError::Exposed { command, .. } = &error else { panic!("{error}") };
         assert!(error.to_string().contains(command), "{error}");
         assert!(Command::new("sh").args(["-c", command]).status().unwrap().success(), "{command}");
@@ -193,6 +220,7 @@ fn the_directory_and_the_file_are_the_owners_alone() {
     };
     mended(&deep, 0o750, 0o700);
     mended(&deep.join("state.redb"), 0o604, 0o600);
+    mended(&deep.join("state.copy"), 0o640, 0o600);
     in_use_until_closed(&deep);
 }
 
@@ -244,11 +272,8 @@ fn what_is_no_state_file_is_refused_and_left_alone() {
     assert!(error.to_string().contains("no schema version"), "{error}");
 }
 
-type Pairs = TableDefinition<'static, (&'static [u8], &'static [u8]), &'static [u8]>;
-
 const META: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("meta");
-const PLACES: Pairs = TableDefinition::new("places");
-const MARKS: Pairs = TableDefinition::new("pin-marks");
+const RECORDS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("records");
 
 /// Changes a closed file without the store.
 fn tamper(place: &Place, change: impl FnOnce(&redb::WriteTransaction)) {
@@ -262,27 +287,36 @@ fn tamper(place: &Place, change: impl FnOnce(&redb::WriteTransaction)) {
 fn a_file_from_the_future_is_refused_unchanged() {
     let place = Place::holding(valid());
     tamper(&place, |t| {
-        t.open_table(META).unwrap().insert(&b"schema-version"[..], &[0, 0, 0, 2][..]).unwrap();
+        t.open_table(META).unwrap().insert(&b"schema-version"[..], &[0, 0, 0, 3][..]).unwrap();
     });
     let error = place.error();
-    assert!(matches!(error, StoreError::Newer { version: 2, known: 1, .. }), "{error}");
+    assert!(matches!(error, StoreError::Newer { version: 3, known: 2, .. }), "{error}");
     let database = Database::open(place.file()).unwrap();
     let meta = database.begin_read().unwrap().open_table(META).unwrap();
-    assert_eq!(meta.get(&b"schema-version"[..]).unwrap().unwrap().value(), [0, 0, 0, 2]);
+    assert_eq!(meta.get(&b"schema-version"[..]).unwrap().unwrap().value(), [0, 0, 0, 3]);
 }
 
 #[tokio::test]
 async fn a_record_that_does_not_parse_costs_itself_only() {
     let place = Place::holding(valid());
     tamper(&place, |t| {
-        let mut places = t.open_table(PLACES).unwrap();
-        places.insert((&b"hsm"[..], &2usize.to_be_bytes()[..]), &b"\x01nonsense"[..]).unwrap();
-        places.insert((&b"unknown"[..], &b"slot"[..]), &b"\x01"[..]).unwrap();
-        let mut marks = t.open_table(MARKS).unwrap();
-        let names: Vec<_> = marks.iter().unwrap().map(|entry| entry.unwrap().0.value().1.to_vec()).collect();
-        assert_eq!(names.len(), 2);
-        for name in names {
-            marks.insert((&b"0815"[..], &*name), &b"\x01\xff"[..]).unwrap();
+        let mut records = t.open_table(RECORDS).unwrap();
+        let mut put = |name: &[u8], value: &[u8]| {
+            let mut bytes = Vec::new();
+            Envelope { sequence: 1, name, value: Some(value) }.encode(&mut bytes);
+            records.insert(name, &bytes[..]).unwrap();
+        };
+        put(&part_name(Table::Place, "hsm", &2usize.to_be_bytes()), b"\x01nonsense");
+        put(&part_name(Table::Place, "unknown", b"slot"), b"\x01");
+        put(&name(Table::Key, &[7; 32]), b"\x01");
+        put(&name(Table::Slot, &[0; 4]), b"\x01");
+        let held = records.iter().unwrap().map(|entry| entry.unwrap().0.value().to_vec());
+        let marks: Vec<_> = held.filter(|name| name[0] == Table::Mark as u8).collect();
+        assert_eq!(marks.len(), 2);
+        for mark in marks {
+            let mut bytes = Vec::new();
+            Envelope { sequence: 1, name: &mark, value: Some(b"\x01\xff") }.encode(&mut bytes);
+            records.insert(&*mark, &bytes[..]).unwrap();
         }
     });
     let (store, known) = place.open();
@@ -299,6 +333,79 @@ async fn a_file_of_schema_version_1_opens() {
     assert!(matches!(store.begin("0815", &pin("1111"), false).await, Err(MarkError::Refused)));
     assert!(matches!(store.begin("0815", &pin("3333"), false).await, Err(MarkError::Pending)));
     assert!(store.begin("0815", &pin("2222"), false).await.is_ok());
+}
+
+fn passphrase(number: u32, master: &MasterKey, words: &str) -> KeySlot {
+    let cost = Cost::bounded(64 * 1024, 1).unwrap();
+    KeySlot::passphrase(number, "mine", 100, master, &SecretString::from(words), cost).unwrap()
+}
+
+fn sealed(n: usize, master: &MasterKey) -> SealedKey {
+    let metadata = Metadata {
+        blob: format!("public key {n}").into_bytes().into(),
+        name: format!("key {n}").into(),
+        ..Metadata::default()
+    };
+    master.seal_key(metadata, format!("secret {n}").as_bytes()).unwrap()
+}
+
+fn by_id(keys: impl IntoIterator<Item = SealedKey>) -> Vec<SealedKey> {
+    let mut keys: Vec<_> = keys.into_iter().collect();
+    keys.sort_by_key(SealedKey::id);
+    keys
+}
+
+#[tokio::test]
+async fn slots_and_sealed_keys_are_there_after_a_restart() {
+    let place = Place::new();
+    let Opened { store, keys, .. } = place.open_all();
+    assert!(keys.is_empty() && !store.is_initialised());
+    let master = MasterKey::generate().unwrap();
+    let all: Vec<_> = (0..4).map(|n| sealed(n, &master)).collect();
+    assert!(matches!(store.put_key(all[0].clone()).await, Err(StoreError::NotInitialised)));
+    assert!(matches!(store.initialise(Vec::new()).await, Err(StoreError::TooMany { .. })));
+    let (recovery, _) = KeySlot::recovery(1, "paper", 100, &master).unwrap();
+    store.initialise(vec![recovery.clone(), passphrase(0, &master, "one")]).await.unwrap();
+    let again = store.initialise(vec![recovery.clone()]).await;
+    assert!(store.is_initialised() && matches!(again, Err(StoreError::AlreadyInitialised)));
+    store.replace_keys(Vec::new(), all[..3].to_vec()).await.unwrap();
+    store.replace_keys(vec![all[0].id(), all[3].id()], vec![all[3].clone()]).await.unwrap();
+    store.remove_key(all[1].id()).await.unwrap();
+    let relabelled = master.reseal_key(&all[2], Metadata { enabled: true, ..all[2].metadata().clone() }).unwrap();
+    store.put_key(relabelled.clone()).await.unwrap();
+    store.close().await;
+
+    let Opened { store, keys, .. } = place.open_all();
+    assert!(store.is_initialised());
+    assert_eq!(keys, by_id([relabelled, all[3].clone()]));
+    let slots = store.slots().await.unwrap();
+    assert_eq!(slots.iter().map(KeySlot::number).collect::<Vec<_>>(), [0, 1]);
+    let opened = slots[0].open(b"one").unwrap();
+    assert_eq!(**opened.open_key(&keys[0]).unwrap(), **master.open_key(&keys[0]).unwrap());
+
+    assert!(matches!(store.add_slot(recovery.clone()).await, Err(StoreError::SlotTaken { number: 1 })));
+    assert!(matches!(store.replace_slot(passphrase(7, &master, "x")).await, Err(StoreError::NoSuchSlot { number: 7 })));
+    assert!(matches!(store.remove_slot(7).await, Err(StoreError::NoSuchSlot { number: 7 })));
+    store.replace_slot(passphrase(0, &master, "two")).await.unwrap();
+    store.add_slot(passphrase(3, &master, "three")).await.unwrap();
+    store.remove_slot(1).await.unwrap();
+    store.remove_slot(3).await.unwrap();
+    assert!(matches!(store.remove_slot(0).await, Err(StoreError::LastSlot { number: 0 })));
+    store.close().await;
+
+    let Opened { store, .. } = place.open_all();
+    let slots = store.slots().await.unwrap();
+    assert_eq!(slots.len(), 1);
+    assert!(matches!(slots[0].open(b"one"), Err(SlotError::Wrong)));
+    assert_eq!(slots[0].open(b"two").unwrap().bytes(), master.bytes());
+}
+
+#[tokio::test]
+async fn no_store_is_begun_in_memory() {
+    let store = Store::in_memory().unwrap();
+    let (slot, _) = KeySlot::recovery(0, "", 0, &MasterKey::generate().unwrap()).unwrap();
+    assert!(matches!(store.initialise(vec![slot]).await, Err(StoreError::NotDurable)));
+    assert!(!store.is_initialised());
 }
 
 /// A file with three keys on one device, a refused PIN and a pending one.
@@ -319,58 +426,6 @@ fn valid() -> &'static [u8] {
         thread::scope(|scope| scope.spawn(|| runtime.block_on(fill)).join().unwrap());
         fs::read(place.file()).unwrap()
     })
-}
-
-/// What is done to a file.
-#[derive(Clone, Debug)]
-enum Damage {
-    Flip(prop::sample::Index, u8),
-    Page(prop::sample::Index, u8),
-    Cut(prop::sample::Index),
-    Grow(usize),
-}
-
-fn damage() -> impl Strategy<Value = Damage> {
-    let at = any::<prop::sample::Index>;
-    prop_oneof![
-        6 => (at(), 0u8..8).prop_map(|(at, bit)| Damage::Flip(at, bit)),
-        2 => (at(), any::<u8>()).prop_map(|(at, with)| Damage::Page(at, with)),
-        1 => at().prop_map(Damage::Cut),
-        1 => (1usize..9000).prop_map(Damage::Grow),
-    ]
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
-
-    #[test]
-    fn a_damaged_file_is_refused_or_holds_what_it_held(done in prop::collection::vec(damage(), 1..4)) {
-        let mut bytes = valid().to_vec();
-        for damage in done {
-            match damage {
-                Damage::Flip(at, bit) if !bytes.is_empty() => {
-                    let at = at.index(bytes.len());
-                    bytes[at] ^= 1 << bit;
-                }
-                Damage::Page(at, with) if !bytes.is_empty() => {
-                    let from = at.index(bytes.len()) / 4096 * 4096;
-                    let to = bytes.len().min(from + 4096);
-                    bytes[from..to].fill(with);
-                }
-                Damage::Cut(at) if !bytes.is_empty() => bytes.truncate(at.index(bytes.len())),
-                Damage::Grow(by) => bytes.resize(bytes.len() + by, 0),
-                _ => {}
-            }
-        }
-        let place = Place::holding(&bytes);
-        match StateFile::open(&place.directory()) {
-            Ok((_, contents)) => {
-                prop_assert_eq!(contents.devices, [hsm([1, 2, 3], 100, 100)]);
-                prop_assert_eq!(contents.marks.len(), 2);
-            }
-            Err(error) => prop_assert!(matches!(error, StoreError::Damaged { .. }), "{}", error),
-        }
-    }
 }
 
 /// Set for the process that the next test kills: the directory it works in.
@@ -430,7 +485,7 @@ fn what_was_acknowledged_survives_kill_9_and_two_processes_share_nothing() {
 
 /// Marks PINs and remembers devices, and tells of each when it is kept.
 fn work_until_killed(directory: &Path) {
-    let (store, known) = Store::open(directory).unwrap();
+    let Opened { store, devices: known, .. } = Store::open(directory).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     // Ends with the test that started it.
     thread::spawn(|| {

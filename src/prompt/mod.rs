@@ -1,39 +1,35 @@
-//! Questions to a person through askpass: confirmation, PIN, a notice to touch. Knows no key and no vault.
+//! Questions to a person through askpass or pinentry: confirmation, PIN, a notice to touch. Knows no key and no vault.
 //!
 //! Each question is a process of its own, in a process group of its own, and waits for nothing else. Whoever stops
 //! waiting for an answer closes its question.
 
+mod askpass;
+mod notify;
+mod pinentry;
+mod program;
+
 use std::{
     collections::{BTreeMap, HashMap},
+    convert::Infallible,
     ffi::{OsStr, OsString},
     fmt,
     path::Path,
     pin::Pin,
-    process::Stdio,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use secrecy::SecretString;
 use thiserror::Error;
-use tokio::{
-    io::AsyncReadExt,
-    process::{Child, Command},
-    runtime::Handle,
-    task::{AbortHandle, spawn_blocking},
-    time::{sleep, timeout},
-};
+use tokio::{runtime::Handle, sync::oneshot, time::timeout};
 use zeroize::Zeroizing;
+
+use program::Program;
 
 /// Questions that may be open at once for one uid, and notices besides, unless the settings say otherwise.
 pub const MAX_OPEN: usize = 16;
 /// The longest answer, in bytes. FIDO PINs end at 63.
 const MAX_ANSWER: usize = 1024;
-/// How long a dismissed askpass may take to restore its terminal or window before it is killed.
-const GRACE: Duration = Duration::from_secs(2);
-/// How much longer than the askpass itself what it started may take.
-const SETTLE: Duration = Duration::from_millis(100);
 /// Where distributions put their default askpass; the first is Debian's.
 const DEFAULT_PROGRAMS: [&str; 5] = [
     "/usr/bin/ssh-askpass",
@@ -42,6 +38,8 @@ const DEFAULT_PROGRAMS: [&str; 5] = [
     "/usr/libexec/ssh-askpass",
     "/usr/X11R6/bin/ssh-askpass",
 ];
+/// What asks where there is no askpass: GnuPG's.
+const DEFAULT_PINENTRY: &str = "/usr/bin/pinentry";
 
 /// Why a question has no answer.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -65,17 +63,22 @@ pub enum PromptError {
 pub enum Unavailable {
     /// There is no sign of a desktop, and nothing says that askpass works without one.
     #[error(
-        "neither DISPLAY nor WAYLAND_DISPLAY is set; start the agent in the desktop session, or set SSH_ASKPASS_REQUIRE=force if the askpass needs no display"
+        "neither DISPLAY nor WAYLAND_DISPLAY is set; start the agent in the desktop session, or set \
+         SSH_ASKPASS_REQUIRE=force if the askpass needs no display, or GPG_TTY to the terminal of a pinentry"
     )]
     NoDisplay,
     /// `SSH_ASKPASS_REQUIRE=never`.
     #[error("SSH_ASKPASS_REQUIRE=never forbids it; unset it for the agent to allow prompts")]
     Forbidden,
-    /// No askpass is named, and none is where distributions install it.
-    #[error("there is no askpass program; install ssh-askpass or set SSH_ASKPASS to the path of one")]
+    /// Neither askpass nor pinentry is named, and none is where distributions install them.
+    #[error(
+        "there is no askpass program; install ssh-askpass or pinentry, or set SSH_ASKPASS to the path of an askpass"
+    )]
     NoProgram,
-    /// The askpass is named but does not start.
-    #[error("{program} does not start ({reason}); set SSH_ASKPASS to the path of an askpass program")]
+    /// The program is named but does not start, or is no pinentry.
+    #[error(
+        "{program} does not start ({reason}); name another with `askpass` or `pinentry` in [prompt], or SSH_ASKPASS"
+    )]
     CannotStart {
         /// As it was named.
         program: String,
@@ -84,13 +87,14 @@ pub enum Unavailable {
     },
 }
 
-/// Where prompts look for `SSH_ASKPASS`, `SSH_ASKPASS_REQUIRE`, `DISPLAY` and `WAYLAND_DISPLAY`, at each prompt anew.
+/// Where prompts look for `SSH_ASKPASS`, `SSH_ASKPASS_REQUIRE`, `DISPLAY`, `WAYLAND_DISPLAY` and `GPG_TTY`, at each prompt
+/// anew.
 #[derive(Clone, Debug, Default)]
 pub enum Environment {
     /// This process's.
     #[default]
     Process,
-    /// These variables and no others. The askpass gets exactly these, too.
+    /// These variables and no others. The program gets exactly these, too.
     Only(BTreeMap<OsString, OsString>),
 }
 
@@ -110,21 +114,27 @@ impl Environment {
 pub struct Settings {
     /// The askpass program, in place of `$SSH_ASKPASS` and the system's default.
     pub askpass: Option<OsString>,
+    /// A pinentry in place of every askpass but the one above.
+    pub pinentry: Option<OsString>,
     /// How long a question stays open.
     pub timeout: Duration,
     /// Questions that may be open at once for one uid, and notices besides.
     pub max_per_uid: usize,
     /// Where variables come from.
     pub environment: Environment,
+    /// Whether notices go to the desktop, by `notify-send`, and to askpass only where that does not show them.
+    pub notifications: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
         Self {
             askpass: None,
+            pinentry: None,
             timeout: Duration::from_secs(60),
             max_per_uid: MAX_OPEN,
             environment: Environment::Process,
+            notifications: false,
         }
     }
 }
@@ -165,24 +175,35 @@ impl Prompter {
 
     /// Asks for a yes or no on behalf of `uid`. Dropping the future closes the question.
     ///
-    /// Yes is an askpass that exits with 0 and prints nothing or `yes` (in any case).
+    /// Yes is an askpass that exits with 0 and prints nothing or `yes` (in any case), or pinentry's button for it.
     pub async fn confirm(&self, uid: u32, text: &str) -> Result<(), PromptError> {
         if let Some(asker) = &self.asker {
             return self.wait(uid, asker.confirm(&printable(text))).await;
         }
-        let answer = self.ask(uid, text, Some("confirm")).await?;
-        let line = first_line(&answer);
-        if line.is_empty() || line.eq_ignore_ascii_case(b"yes") { Ok(()) } else { Err(PromptError::Denied) }
+        let answer = self.ask(uid, text, Kind::Confirm).await?;
+        if answer.is_empty() || answer.eq_ignore_ascii_case(b"yes") { Ok(()) } else { Err(PromptError::Denied) }
     }
 
-    /// Asks for a PIN on behalf of `uid`: the first line that askpass prints. An empty one is [`PromptError::Denied`]:
+    /// Asks for a PIN on behalf of `uid`: the first line that askpass prints, or what is typed into pinentry. An empty one is [`PromptError::Denied`]:
     /// sent to a device, it could cost a try. Dropping the future closes the question.
     pub async fn pin(&self, uid: u32, text: &str) -> Result<SecretString, PromptError> {
         if let Some(asker) = &self.asker {
             return self.wait(uid, asker.pin(&printable(text))).await;
         }
-        let answer = self.ask(uid, text, None).await?;
-        match std::str::from_utf8(first_line(&answer)) {
+        self.secret(uid, text, "PIN:").await
+    }
+
+    /// Asks for a passphrase, as [`pin`](Self::pin) does for a PIN.
+    pub async fn passphrase(&self, uid: u32, text: &str) -> Result<SecretString, PromptError> {
+        match &self.asker {
+            Some(asker) => self.wait(uid, asker.pin(&printable(text))).await,
+            None => self.secret(uid, text, "Passphrase:").await,
+        }
+    }
+
+    async fn secret(&self, uid: u32, text: &str, label: &'static str) -> Result<SecretString, PromptError> {
+        let answer = self.ask(uid, text, Kind::Secret(label)).await?;
+        match std::str::from_utf8(&answer) {
             Ok("") | Err(_) => Err(PromptError::Denied),
             Ok(pin) => Ok(SecretString::from(Box::<str>::from(pin))),
         }
@@ -192,25 +213,45 @@ impl Prompter {
     /// so the caller goes on without it. Never blocks; needs a Tokio runtime around it.
     pub fn notice(&self, uid: u32, text: &str) -> Option<Notice> {
         let runtime = Handle::try_current().ok()?;
+        let (notice, mut dropped) = oneshot::channel();
         if let Some(asker) = &self.asker {
             let slot = self.notices.take(uid, self.settings.max_per_uid)?;
             let shown = asker.notice(&printable(text));
-            let task = runtime.spawn(async move {
-                shown.await;
+            runtime.spawn(async move {
+                until(dropped, shown).await;
                 drop(slot);
             });
-            return Some(Notice(task.abort_handle()));
+            return Some(Notice(notice));
         }
-        self.settings.permit().inspect_err(|reason| tracing::debug!("no notice: {reason}")).ok()?;
+        let settings = &self.settings;
+        let desktop = settings.notifications.then(|| notify::program(&settings.environment)).flatten();
+        let permitted = settings.permit();
+        if let (None, Err(reason)) = (&desktop, &permitted) {
+            tracing::debug!("no notice: {reason}");
+            return None;
+        }
         let slot = self.notices.take(uid, self.settings.max_per_uid)?;
         let (settings, text) = (self.settings.clone(), printable(text));
-        let task = runtime.spawn(async move {
-            match Askpass::start(settings, text, Some("none"), slot).await {
-                Ok(mut askpass) => askpass.ended().await,
-                Err(error) => tracing::debug!("no notice: {error}"),
+        runtime.spawn(async move {
+            if let Some(program) = desktop
+                && let Some(shown) = notify::show(&settings.environment, &program, &text).await
+            {
+                let _ = (&mut dropped).await;
+                shown.withdraw(&settings.environment).await;
+                drop(slot);
+                return;
             }
+            if permitted.is_err() {
+                return;
+            }
+            let asked = async {
+                if let Err(error) = ask(settings, text, Kind::Notice, slot).await {
+                    tracing::debug!("no notice: {error}");
+                }
+            };
+            until(dropped, asked).await;
         });
-        Some(Notice(task.abort_handle()))
+        Some(Notice(notice))
     }
 
     /// Waits for an [`Asker`]'s answer.
@@ -219,25 +260,59 @@ impl Prompter {
         timeout(self.settings.timeout, asking).await.unwrap_or(Err(PromptError::TimedOut))
     }
 
-    async fn ask(&self, uid: u32, text: &str, hint: Option<&'static str>) -> Result<Zeroizing<Vec<u8>>, PromptError> {
+    async fn ask(&self, uid: u32, text: &str, kind: Kind) -> Result<Zeroizing<Vec<u8>>, PromptError> {
         self.settings.permit()?;
         let slot = self.questions.take(uid, self.settings.max_per_uid).ok_or(PromptError::TooMany)?;
-        let answer = async {
-            let mut askpass = Askpass::start(self.settings.clone(), printable(text), hint, slot).await?;
-            askpass.answer().await.ok_or(PromptError::Denied)
-        };
+        let answer = ask(self.settings.clone(), printable(text), kind, slot);
         timeout(self.settings.timeout, answer).await.unwrap_or(Err(PromptError::TimedOut))
+    }
+}
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Confirm,
+    /// With what stands before the field, where there is one.
+    Secret(&'static str),
+    Notice,
+}
+
+/// A program that asks, and how it is spoken to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Tool {
+    Askpass(OsString),
+    Pinentry(OsString),
+}
+
+impl Tool {
+    /// As the program was named.
+    fn name(&self) -> &OsStr {
+        match self {
+            Self::Askpass(name) | Self::Pinentry(name) => name,
+        }
+    }
+}
+
+/// Has a program ask, and gives what it answered: one line, empty for a plain yes. The program ends with the future.
+async fn ask(settings: Arc<Settings>, text: String, kind: Kind, slot: Slot) -> Result<Zeroizing<Vec<u8>>, PromptError> {
+    let program = Program::start(settings, text.clone(), kind, slot).await?;
+    match program.tool() {
+        Tool::Askpass(_) => askpass::converse(program, kind).await,
+        Tool::Pinentry(_) => pinentry::converse(program, &text, kind).await,
     }
 }
 
 /// A message on somebody's screen; it goes when this is dropped.
 #[derive(Debug)]
 #[must_use = "the message goes when the notice is dropped"]
-pub struct Notice(AbortHandle);
+pub struct Notice(#[expect(dead_code, reason = "its end is what is told")] oneshot::Sender<Infallible>);
 
-impl Drop for Notice {
-    fn drop(&mut self) {
-        self.0.abort();
+/// Has something done for as long as a notice lives.
+async fn until(dropped: oneshot::Receiver<Infallible>, shown: impl Future<Output = ()>) {
+    tokio::select! {
+        biased;
+        _ = dropped => {}
+        () = shown => {}
     }
 }
 
@@ -254,7 +329,7 @@ pub fn harmless(text: &str) -> String {
 }
 
 /// Stands in for controls, bidi marks, separators and what takes no space.
-fn visible(c: char) -> char {
+pub fn visible(c: char) -> char {
     match c {
         '\u{ad}'
         | '\u{61c}'
@@ -273,134 +348,40 @@ fn visible(c: char) -> char {
     }
 }
 
-/// The whole prompt as it goes on askpass's command line: its own line breaks stay, nothing else invisible does.
-fn printable(text: &str) -> String {
+/// A text of several lines, such as a whole prompt: its line breaks stay, nothing else invisible does.
+pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c == '\n' { c } else { visible(c) }).collect()
 }
 
-fn first_line(answer: &[u8]) -> &[u8] {
-    answer.split(|b| matches!(b, b'\r' | b'\n')).next().unwrap_or_default()
-}
-
 impl Settings {
-    /// Whether askpass may be run at all (readpass.c of OpenSSH).
+    /// Whether a program may ask at all, and on what it could (for askpass as in readpass.c of OpenSSH).
     fn permit(&self) -> Result<(), Unavailable> {
         let require = self.environment.get("SSH_ASKPASS_REQUIRE").unwrap_or_default();
-        if require.eq_ignore_ascii_case("force") {
-            return Ok(());
-        }
         if require.eq_ignore_ascii_case("never") {
             return Err(Unavailable::Forbidden);
         }
-        let display = ["DISPLAY", "WAYLAND_DISPLAY"].iter().any(|name| self.environment.get(name).is_some());
-        if display { Ok(()) } else { Err(Unavailable::NoDisplay) }
+        let any = |names: &[&str]| names.iter().any(|name| self.environment.get(name).is_some());
+        // A pinentry may draw into a terminal, when it knows which.
+        let terminal =
+            self.askpass.is_none() && any(&["GPG_TTY"]) && (self.pinentry.is_some() || !any(&["SSH_ASKPASS"]));
+        let screen = terminal || any(&["DISPLAY", "WAYLAND_DISPLAY"]);
+        if screen || require.eq_ignore_ascii_case("force") { Ok(()) } else { Err(Unavailable::NoDisplay) }
     }
 
-    fn program(&self) -> Result<OsString, Unavailable> {
-        self.askpass
-            .clone()
-            .or_else(|| self.environment.get("SSH_ASKPASS"))
-            .or_else(|| DEFAULT_PROGRAMS.iter().find(|path| Path::new(path).exists()).map(OsString::from))
+    /// The program that asks. Looks into the file system, which may take its time.
+    fn tool(&self) -> Result<Tool, Unavailable> {
+        let installed = |path: &&str| Path::new(path).exists();
+        let askpass = self.askpass.clone().map(Tool::Askpass);
+        askpass
+            .or_else(|| self.pinentry.clone().map(Tool::Pinentry))
+            .or_else(|| self.environment.get("SSH_ASKPASS").map(Tool::Askpass))
+            .or_else(|| DEFAULT_PROGRAMS.iter().find(|path| installed(path)).map(|path| Tool::Askpass(path.into())))
+            .or_else(|| Some(DEFAULT_PINENTRY).filter(installed).map(|path| Tool::Pinentry(path.into())))
             .ok_or(Unavailable::NoProgram)
     }
 }
 
-/// A running askpass.
-struct Askpass {
-    /// None only while it is being dropped.
-    running: Option<(Child, Slot)>,
-}
-
-impl Askpass {
-    /// Starts it on a thread that may block: the program can lie on a slow disk or a dead network.
-    async fn start(
-        settings: Arc<Settings>,
-        text: String,
-        hint: Option<&'static str>,
-        slot: Slot,
-    ) -> Result<Self, Unavailable> {
-        let cannot_start = |program: &OsStr, reason: String| Unavailable::CannotStart {
-            program: program.to_string_lossy().into_owned(),
-            reason,
-        };
-        spawn_blocking(move || {
-            let program = settings.program()?;
-            let mut command = Command::new(&program);
-            if let Environment::Only(variables) = &settings.environment {
-                command.env_clear().envs(variables);
-            }
-            match hint {
-                Some(hint) => command.env("SSH_ASKPASS_PROMPT", hint),
-                None => command.env_remove("SSH_ASKPASS_PROMPT"),
-            };
-            // A notice has no answer that anybody would read.
-            let stdout = if hint == Some("none") { Stdio::null() } else { Stdio::piped() };
-            command.arg(text).stdin(Stdio::null()).stdout(stdout).process_group(0).kill_on_drop(true);
-            let child = command.spawn().map_err(|error| cannot_start(&program, error.to_string()))?;
-            Ok(Self { running: Some((child, slot)) })
-        })
-        .await
-        .unwrap_or_else(|error| Err(cannot_start(OsStr::new("askpass"), error.to_string())))
-    }
-
-    /// What it prints before it ends; nothing unless it exits with 0 and prints no more than it may.
-    async fn answer(&mut self) -> Option<Zeroizing<Vec<u8>>> {
-        let (child, _) = self.running.as_mut()?;
-        let mut stdout = child.stdout.take()?;
-        let mut answer = Zeroizing::new(vec![0; MAX_ANSWER + 1]);
-        let mut len = 0;
-        loop {
-            match stdout.read(&mut answer[len..]).await.ok()? {
-                0 => break,
-                n => len += n,
-            }
-            if len > MAX_ANSWER {
-                return None;
-            }
-        }
-        answer.truncate(len);
-        child.wait().await.ok()?.success().then_some(answer)
-    }
-
-    /// Until it ends by itself.
-    async fn ended(&mut self) {
-        if let Some((child, _)) = &mut self.running {
-            let _ = child.wait().await;
-        }
-    }
-}
-
-impl Drop for Askpass {
-    /// Ends the askpass with all that it started: a script's own children share its group.
-    fn drop(&mut self) {
-        let Some((mut child, slot)) = self.running.take() else { return };
-        // None once it was waited for; until then the number cannot belong to another group.
-        let Some(group) = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)) else { return };
-        let _ = kill_process_group(group, Signal::TERM);
-        // Without a runtime there is no time to be patient: kill_on_drop does the rest.
-        let Ok(runtime) = Handle::try_current() else { return };
-        runtime.spawn(async move {
-            if timeout(GRACE, exited(group)).await.is_ok() {
-                sleep(SETTLE).await;
-            }
-            // Not yet reaped, so the number is still this group's: a signal can be lost between fork and exec.
-            let _ = kill_process_group(group, Signal::KILL);
-            let _ = child.wait().await;
-            drop(slot);
-        });
-    }
-}
-
-/// Waits until a child has ended, without reaping it: Tokio's own wait would free its number.
-async fn exited(child: Pid) {
-    const TICK: Duration = Duration::from_millis(10);
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
-    while let Ok(None) = waitid(WaitId::Pid(child), options) {
-        sleep(TICK).await;
-    }
-}
-
-/// How many askpasses each uid has open.
+/// How many programs each uid has open.
 #[derive(Debug, Default)]
 struct Open(Mutex<HashMap<u32, usize>>);
 
@@ -415,7 +396,7 @@ impl Open {
     }
 }
 
-/// One of a uid's places; it is given back when the askpass is gone.
+/// One of a uid's places; it is given back when the program is gone.
 struct Slot {
     uid: u32,
     open: Arc<Open>,

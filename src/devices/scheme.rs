@@ -1,6 +1,6 @@
-//! The names that schemes have on the wire. Knows no message.
+//! The names that schemes have on the wire and in the audit log. Knows no message.
 
-use crate::devices::{DecryptScheme, DeriveScheme, Hash, Scheme};
+use super::{DecryptScheme, DeriveScheme, Hash, Scheme};
 
 /// The scheme of a plain sign request: with a sign request's flags, answered by an SSH signature.
 pub const SSH: &str = "ssh";
@@ -58,6 +58,21 @@ pub fn decrypt_scheme(name: &[u8]) -> Option<DecryptScheme> {
 /// The key agreement scheme with this name.
 pub fn derive_scheme(name: &[u8]) -> Option<DeriveScheme> {
     scheme(DERIVE, name)
+}
+
+/// The names of all signature schemes but [`SSH`].
+pub fn sign_names() -> impl Iterator<Item = &'static str> {
+    SIGN.iter().map(|(name, _)| *name)
+}
+
+/// The names of all decryption schemes.
+pub fn decrypt_names() -> impl Iterator<Item = &'static str> {
+    DECRYPT.iter().map(|(name, _)| *name)
+}
+
+/// The names of all key agreement schemes.
+pub fn derive_names() -> impl Iterator<Item = &'static str> {
+    DERIVE.iter().map(|(name, _)| *name)
 }
 
 /// The hash whose digest may be given in place of the message.
