@@ -154,7 +154,7 @@ fn whole(c: &mut Criterion) {
         max_size: audit::DEFAULT_SIZE,
         on_full: OnFull::Warn,
     };
-    let log = Audit::start(&settings, &Store::in_memory().unwrap()).unwrap();
+    let log = Audit::start(&settings, None, &Store::in_memory().unwrap()).unwrap();
     let (blob, caller) = (blob(0), Arc::new(Caller::default()));
     let signer = SoftKey::from_secret(KeyType::Ed25519, &seed(0)).unwrap();
     c.bench_function("use/the bare signature", |b| b.iter(|| signer.sign(Scheme::Ed25519, black_box(&DATA)).is_ok()));

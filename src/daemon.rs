@@ -171,8 +171,8 @@ pub fn run_agent(config: Config) -> Result<(), DaemonError> {
     process::deny_core_files().map_err(DaemonError::Harden)?;
     let sockets = sockets::all(&config)?;
     let log = Log::start(Target::Stderr, log::level(&config.log.level));
-    let opened = open_store(&config)?;
-    let audit = start_audit(&config, &opened.store)?;
+    let mut opened = open_store(&config)?;
+    let audit = start_audit(&config, opened.audit_head.take(), &opened.store)?;
     let agent = Agent::start(config, sockets, log, opened, audit).map_err(DaemonError::Start)?;
     agent.run();
     Ok(())
@@ -183,7 +183,7 @@ pub fn run_agent(config: Config) -> Result<(), DaemonError> {
 fn open_store(config: &Config) -> Result<Opened, DaemonError> {
     let without = |why: &dyn std::fmt::Display| {
         warn!("nothing is kept for the next start: {why}");
-        Ok(Opened { store: Store::in_memory()?, devices: Vec::new(), keys: Vec::new() })
+        Ok(Opened { store: Store::in_memory()?, devices: Vec::new(), keys: Vec::new(), audit_head: None })
     };
     match config.state.as_deref().map(Store::open) {
         None if config.devices.is_empty() => without(&DaemonError::NoStateDirectory),
@@ -197,7 +197,7 @@ fn open_store(config: &Config) -> Result<Opened, DaemonError> {
 
 /// The audit log of the configuration. It needs the state, which knows how far it was written. Where keys may be used
 /// without a log, the vault also runs without one.
-fn start_audit(config: &Config, store: &Store) -> Result<Audit, DaemonError> {
+fn start_audit(config: &Config, head: Option<audit::Head>, store: &Store) -> Result<Audit, DaemonError> {
     let Some(settings) = audit_settings(config) else { return Ok(Audit::off()) };
     let must = settings.on_full == OnFull::Refuse;
     if !store.is_durable() {
@@ -207,7 +207,7 @@ fn start_audit(config: &Config, store: &Store) -> Result<Audit, DaemonError> {
         warn!("nothing is written down of the use of keys, because nothing is kept for the next start");
         return Ok(Audit::off());
     }
-    match Audit::start(&settings, store) {
+    match Audit::start(&settings, head, store) {
         Err(error @ AuditError::Io { .. }) if !must => {
             error!("nothing is written down of the use of keys: {error}");
             Ok(Audit::off())
@@ -246,7 +246,7 @@ struct OpenDoor {
 
 impl Agent {
     fn start(config: Config, sockets: Vec<Socket>, log: Log, opened: Opened, audit: Audit) -> io::Result<Self> {
-        let Opened { store, devices: known, keys } = opened;
+        let Opened { store, devices: known, keys, .. } = opened;
         let mut server = Server::new((&config).into(), (&config.prompt).into(), store, audit)?;
         server.vault().hold_stored(keys);
         let signals = {

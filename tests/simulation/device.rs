@@ -17,7 +17,7 @@ use strongroom::devices::{
     in_process::{Here, InProcess},
 };
 use tokio::{
-    sync::Notify,
+    sync::{Notify, Semaphore},
     time::{Instant, sleep},
 };
 
@@ -125,7 +125,8 @@ impl Token {
         let fate = self.with(|state| {
             let random = &mut state.random;
             match state.mood {
-                Mood::Well => Fate::Well(random.between(1, 30)),
+                // Some are brief enough for more calls than they have lanes.
+                Mood::Well => Fate::Well(random.between(1, if self.number.is_multiple_of(2) { 4 } else { 30 })),
                 Mood::Slow => Fate::Well(random.between(300, 9_000)),
                 Mood::Hung => Fate::Hang,
                 Mood::Lying => Fate::Lie(random.between(1, 30)),
@@ -368,13 +369,16 @@ impl Engine for Mortal {
     type Session = Alive;
 
     async fn open(&self) -> Result<Alive, DeviceError> {
-        Ok(Alive { session: self.engine.open().await?, token: Arc::clone(&self.token) })
+        let (session, token) = (self.engine.open().await?, Arc::clone(&self.token));
+        Ok(Alive { session, lanes: Arc::new(Semaphore::new(token.lanes)), token })
     }
 }
 
 pub struct Alive {
     token: Arc<Token>,
     session: Here<Card>,
+    /// One permit for each.
+    lanes: Arc<Semaphore>,
 }
 
 impl Session for Alive {
@@ -382,8 +386,16 @@ impl Session for Alive {
         self.session.lanes()
     }
 
+    fn takes_more(&self) -> bool {
+        true
+    }
+
     fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
-        self.session.call(call)
+        let (call, lanes) = (self.session.call(call), Arc::clone(&self.lanes));
+        async move {
+            let _lane = lanes.acquire_owned().await.map_err(|_| DeviceError::Restarted)?;
+            call.await
+        }
     }
 
     fn died(&self) -> impl Future<Output = String> + Send + 'static {

@@ -77,9 +77,9 @@ impl Audit {
         Self::default()
     }
 
-    /// Goes on with the log that the store knows of, or begins one. Blocks while it reads the end of it.
-    pub fn start(settings: &Settings, store: &Store) -> Result<Self, AuditError> {
-        let shared = Writer::start(settings, store.audit_head()?, store.clone())?;
+    /// Goes on with the log that ends at `head`, as the store knows, or begins one. Blocks while it reads the end of it.
+    pub fn start(settings: &Settings, head: Option<Head>, store: &Store) -> Result<Self, AuditError> {
+        let shared = Writer::start(settings, head, store.clone())?;
         let audit = Self(Some(shared));
         audit.act("start").end(Ok(())).ok();
         Ok(audit)

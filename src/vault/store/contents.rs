@@ -10,9 +10,12 @@ use super::{
     marks::{Digest, MAX_MARKS},
     record::{self, DeviceRecord, MarkSecret, MarkState},
     slot::MAX_SLOTS,
-    tables::{Fault, MARK_SECRET, PINS_HELD, Records},
+    tables::{AUDIT_HEAD, Fault, MARK_SECRET, PINS_HELD, Records},
 };
-use crate::devices::{MAX_KEYS, MAX_LABEL};
+use crate::{
+    devices::{MAX_KEYS, MAX_LABEL},
+    vault::audit::Head,
+};
 
 /// The most devices that are remembered: as many as a configuration may have.
 const MAX_DEVICES: usize = 1024;
@@ -28,6 +31,8 @@ pub(super) struct Contents {
     pub(super) held: Option<BTreeSet<String>>,
     pub(super) slots: Vec<KeySlot>,
     pub(super) keys: Vec<SealedKey>,
+    /// How far the audit log was written.
+    pub(super) audit_head: Option<Head>,
 }
 
 impl Contents {
@@ -47,8 +52,15 @@ impl Contents {
             held: held(records),
             slots: all(records, Table::Slot, MAX_SLOTS, "slot of the store", KeySlot::decode),
             keys: all(records, Table::Key, MAX_STORED, "stored key", SealedKey::decode),
+            audit_head: audit_head(records),
         })
     }
+}
+
+fn audit_head(records: &Records) -> Option<Head> {
+    let (_, head) = records.get(&name(Table::Single, AUDIT_HEAD))?;
+    let unknown = |why: &_| error!(%why, "how far the audit log was written is not known: the record is damaged");
+    record::decode_head(head).inspect_err(unknown).ok()
 }
 
 /// The records of a table, each with its name there.

@@ -12,18 +12,15 @@ use std::{
 };
 
 use rustix::fs::{FlockOperation, flock};
-use tracing::{error, warn};
+use tracing::warn;
 
 use super::{
     Recovery, StoreError,
     contents::Contents,
     copy::{self, Copy},
-    envelope::{Table, name},
-    record,
     recover::{self, Sound},
-    tables::{AUDIT_HEAD, Change, Fault, Tables},
+    tables::{Change, Fault, Open, Tables},
 };
-use crate::vault::audit::Head;
 
 /// The file's name in its directory.
 pub(super) const NAME: &str = "state.redb";
@@ -51,12 +48,12 @@ impl StateFile {
         Self::open_in(directory, lock(directory)?)
     }
 
-    /// Opens the file in `directory` if there is one, or its copy.
-    pub(super) fn open_if_there(directory: &Path) -> Result<Option<Self>, StoreError> {
+    /// What the file in `directory` holds if there is one, or its copy.
+    pub(super) fn open_if_there(directory: &Path) -> Result<Option<Contents>, StoreError> {
         for name in [NAME, copy::NAME] {
             let path = directory.join(name);
             match fs::symlink_metadata(&path) {
-                Ok(_) => return Self::open_in(directory, lock(directory)?).map(|(file, _, _)| Some(file)),
+                Ok(_) => return Self::open_in(directory, lock(directory)?).map(|(_, contents, _)| Some(contents)),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => return Err(StoreError::Io { path, source }),
             }
@@ -72,16 +69,12 @@ impl StateFile {
         Ok((file, contents, recovery))
     }
 
-    /// How far the audit log was written.
-    pub(super) fn audit_head(&mut self) -> Result<Option<Head>, StoreError> {
-        let read = self.tables().and_then(|tables| tables.get(&name(Table::Single, AUDIT_HEAD)));
-        Ok(read.map_err(|fault| fault.at(&self.path))?.and_then(|head| {
-            record::decode_head(&head)
-                .inspect_err(
-                    |why| error!(%why, "how far the audit log was written is not known: the record is damaged"),
-                )
-                .ok()
-        }))
+    /// Has on the disk what opening the file changed in it. After an error the next change opens it again.
+    pub(super) fn settle(&mut self) -> Result<(), StoreError> {
+        self.tables().and_then(Tables::settle).map_err(|fault| {
+            self.tables = None;
+            fault.at(&self.path)
+        })
     }
 
     /// Makes a change. It is on the disk when this returns, and with `twice` in the second copy, too, which else has it
@@ -133,7 +126,7 @@ impl StateFile {
     fn tables(&mut self) -> Result<&Tables, Fault> {
         match &mut self.tables {
             Some(tables) => Ok(tables),
-            none => Ok(none.insert(Tables::open(&self.file, false)?)),
+            none => Ok(none.insert(Tables::open(&self.file, Open::There)?)),
         }
     }
 }

@@ -11,6 +11,7 @@ mod copy;
 mod envelope;
 mod error;
 mod file;
+mod held;
 mod marks;
 mod master;
 mod offer;
@@ -34,6 +35,7 @@ use aws_lc_rs::hmac;
 use rustix::rand::{GetRandomFlags, getrandom};
 use secrecy::SecretString;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tracing::error;
 use zeroize::Zeroizing;
 
 use super::audit::Head;
@@ -100,6 +102,8 @@ pub struct Opened {
     pub devices: Vec<KnownDevice>,
     /// The keys in the store, ordered by [`KeyId`].
     pub keys: Vec<SealedKey>,
+    /// How far the audit log was written when that was last kept.
+    pub audit_head: Option<Head>,
 }
 
 /// Where work on the ledger is done.
@@ -143,18 +147,19 @@ impl Store {
         let mut ledger = Ledger { marks, slots: contents.slots, keeping: Keeping::File(file) };
         let (sender, mut jobs) = mpsc::channel::<Job>(QUEUE);
         let serve = move || {
+            ledger.settle();
             while let Some(job) = jobs.blocking_recv() {
                 job(&mut ledger);
             }
         };
         thread::Builder::new().name("store".to_owned()).spawn(serve).map_err(StoreError::Thread)?;
         let key = hmac::Key::new(hmac::HMAC_SHA256, &*contents.secret.key);
-        let worker = Worker::Thread(sender);
+        let (worker, audit_head) = (Worker::Thread(sender), contents.audit_head);
         if let Some(mended) = &recovery {
             mended.log();
         }
         let store = Self(Arc::new(Inner { key, initialised, recovery, worker, on_their_way: places() }));
-        Ok(Opened { store, devices: contents.devices, keys: contents.keys })
+        Ok(Opened { store, devices: contents.devices, keys: contents.keys, audit_head })
     }
 
     /// A store that ends with the process.
@@ -314,24 +319,15 @@ impl Store {
         .await?
     }
 
-    /// How far the audit log was written when that was last kept. Blocks: not for a task.
-    pub fn audit_head(&self) -> Result<Option<Head>, StoreError> {
-        self.run_blocking(|ledger| match &mut ledger.keeping {
-            Keeping::Memory => Ok(None),
-            Keeping::File(file) => file.audit_head(),
-            Keeping::Closed => Err(StoreError::Closed),
-        })?
-    }
-
     /// Keeps how far the audit log is written. Blocks until it is on the disk: not for a task.
     pub fn keep_audit_head(&self, head: Head) -> Result<(), StoreError> {
         self.run_blocking(move |ledger| ledger.keep_in(false, |change| changes::keep_audit_head(change, &head)))?
     }
 
-    /// The same as [`audit_head`](Self::audit_head), of a directory that no daemon has open; makes nothing. `None` when
-    /// there is no state file either.
+    /// How far the audit log was written, by the state in a directory that no daemon has open; makes nothing. `None` when
+    /// there is no log, or no state file either.
     pub fn audit_head_in(directory: &Path) -> Result<Option<Head>, StoreError> {
-        StateFile::open_if_there(directory)?.map_or(Ok(None), |mut file| file.audit_head())
+        Ok(StateFile::open_if_there(directory)?.and_then(|contents| contents.audit_head))
     }
 
     /// Completes when everything before is done and the file is closed, so that another process can open it. Everything
@@ -416,6 +412,15 @@ impl Attempt {
 }
 
 impl Ledger {
+    /// Has on the disk what opening the file changed in it, for which no start waits.
+    fn settle(&mut self) {
+        if let Keeping::File(file) = &mut self.keeping
+            && let Err(error) = file.settle()
+        {
+            error!("the state cannot be written: {error}");
+        }
+    }
+
     /// The mark, and whether it was pending before.
     fn begin(&mut self, tag: &Digest, serial: &str, typed: bool) -> Result<(Digest, bool), MarkError> {
         let digest = self.marks.digest(tag)?;

@@ -21,7 +21,7 @@ use super::{
     file::private,
     record::{MarkSecret, VERSION},
     salvage::{self, Salvaged},
-    tables::{Fault, MARK_SECRET, MAX_READ, PINS_HELD, Records, StoreId, Tables},
+    tables::{Fault, MARK_SECRET, MAX_READ, Open, PINS_HELD, Records, StoreId, Tables},
 };
 
 /// The longest file that is read, in bytes.
@@ -106,7 +106,8 @@ struct State {
     records: Records,
 }
 
-/// Opens the state file and its copy, mends what has to be mended, or makes both.
+/// Opens the state file and its copy, mends what has to be mended, or makes both. What opening changes in a state file that
+/// needs no mending is held back until it is settled.
 pub(super) fn open(path: &Path, copy_path: &Path) -> Result<Sound, StoreError> {
     let main = open_main(path)?;
     let copy_file = open_existing(copy_path)?;
@@ -171,6 +172,7 @@ impl Paths<'_> {
 
     /// Writes the copy from the state file, which is whole.
     fn renew_copy(&self, file: File, tables: Tables, state: State, old: Option<&[u8]>) -> Result<Sound, StoreError> {
+        tables.settle().map_err(|fault| fault.at(self.path))?;
         let State { id, sequence, records } = state;
         let (mut moved, mut why) = (Vec::new(), None);
         match old.map(copy::read) {
@@ -243,7 +245,7 @@ fn open_main(path: &Path) -> Result<Main, StoreError> {
     if file.metadata().map_err(|e| io_error(path, e))?.len() == 0 {
         return Ok(Main::Damaged("it is empty".to_owned()));
     }
-    let opened = Tables::open(&file, false).and_then(|tables| Ok((read_state(&tables)?, tables)));
+    let opened = Tables::open(&file, Open::Held).and_then(|tables| Ok((read_state(&tables)?, tables)));
     match opened.map_err(|fault| fault.at(path)) {
         Ok((state, tables)) => Ok(Main::Good { file, tables, state }),
         Err(StoreError::Damaged { why, .. }) => Ok(Main::Damaged(why)),
@@ -284,7 +286,7 @@ fn create(path: &Path, state: Option<&State>) -> Result<(File, Tables), Fault> {
     let new = new_path(path);
     remove_if_there(&new)?;
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&new)?;
-    let tables = Tables::open(&file, true)?;
+    let tables = Tables::open(&file, Open::New)?;
     if let Some(State { id, sequence, records }) = state {
         tables.fill(id, *sequence, records)?;
         if tables.read()? != (*id, *sequence, records.clone()) {

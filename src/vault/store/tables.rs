@@ -21,6 +21,7 @@ use redb::{
 use super::{
     StoreError,
     envelope::{Envelope, Name, Table, name, part_name},
+    held::HeldFile,
     record::{MAX_RECORD, MarkSecret},
 };
 
@@ -106,7 +107,21 @@ fn latest() -> u32 {
 }
 
 /// The open tables.
-pub(super) struct Tables(Option<Database>);
+pub(super) struct Tables {
+    database: Option<Database>,
+    file: HeldFile,
+}
+
+/// How tables are opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Open {
+    /// In an empty file.
+    New,
+    /// In one that has some.
+    There,
+    /// The same, and what opening them changes in the file is held back until [`Tables::settle`] or the first change.
+    Held,
+}
 
 /// A change that is being made.
 pub(super) struct Change<'t> {
@@ -123,22 +138,27 @@ pub(super) struct Made {
 }
 
 impl Tables {
-    /// Opens what is in `file` and checks all of it. With `new`, it is empty.
-    pub(super) fn open(file: &File, new: bool) -> Result<Self, Fault> {
-        let file = file.try_clone()?;
+    /// Opens what is in `file` and checks all of it.
+    pub(super) fn open(file: &File, how: Open) -> Result<Self, Fault> {
+        let file = HeldFile::new(FileBackend::new(file.try_clone()?)?, how == Open::Held);
         guarded(|| {
             let mut builder = Builder::new();
             builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
-            let database = match builder.create_with_backend(FileBackend::new(file)?) {
+            let database = match builder.create_with_backend(file.clone()) {
                 // Something else than a database is not an error of the disk.
                 Err(DatabaseError::Storage(StorageError::Io(e))) if e.kind() == io::ErrorKind::InvalidData => {
                     return Err(Fault::Damaged(e.to_string()));
                 }
                 opened => opened?,
             };
-            migrate(&database, new)?;
-            Ok(Self(Some(database)))
+            migrate(&database, how == Open::New)?;
+            Ok(Self { database: Some(database), file })
         })
+    }
+
+    /// Has on the disk what opening them changed. After an error they are to be opened again.
+    pub(super) fn settle(&self) -> Result<(), Fault> {
+        Ok(self.file.settle()?)
     }
 
     /// Everything, and the number of the last change.
@@ -165,12 +185,6 @@ impl Tables {
             }
             Ok((id, sequence, records))
         })
-    }
-
-    /// One record.
-    pub(super) fn get(&self, name: &[u8]) -> Result<Option<Vec<u8>>, Fault> {
-        let database = self.database()?;
-        guarded(|| read_one(&database.begin_read()?.open_table(RECORDS)?, name))
     }
 
     /// Makes a change, in one transaction; `None` when it changed nothing. It is on the disk when this returns; after an
@@ -221,13 +235,13 @@ impl Tables {
     }
 
     fn database(&self) -> Result<&Database, Fault> {
-        self.0.as_ref().ok_or_else(|| Fault::Damaged("it is closed".to_owned()))
+        self.database.as_ref().ok_or_else(|| Fault::Damaged("it is closed".to_owned()))
     }
 }
 
 impl Drop for Tables {
     fn drop(&mut self) {
-        let database = self.0.take();
+        let database = self.database.take();
         let _ = guarded(|| {
             drop(database);
             Ok(())
