@@ -276,7 +276,6 @@ impl Driver for Card {
 
     async fn sign(&self, slot: &Slot, _: Scheme, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
         let _inside = self.enter();
-        self.token.world.device_signs(self.token.number);
         if self.status().locked {
             self.token.event("wants a PIN");
             return Err(DeviceError::PinRequired);
@@ -391,6 +390,9 @@ impl Session for Alive {
     }
 
     fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
+        if matches!(call, Call::Operate(..)) {
+            self.token.world.device_is_to_sign(self.token.number);
+        }
         let (call, lanes) = (self.session.call(call), Arc::clone(&self.lanes));
         async move {
             let _lane = lanes.acquire_owned().await.map_err(|_| DeviceError::Restarted)?;
