@@ -110,13 +110,8 @@ pub trait Engine: Send + Sync + 'static {
 
 /// A driver that runs. Dropping it ends it, too, but nobody learns when.
 pub trait Session: Send + Sync + 'static {
-    /// [`Driver::lanes`]: so many calls are made at once.
+    /// [`Driver::lanes`]: more calls than that are not made at once.
     fn lanes(&self) -> usize;
-
-    /// Whether calls beyond the lanes may be made: they wait where the driver is, and the lane that is free first takes them.
-    fn takes_more(&self) -> bool {
-        false
-    }
 
     /// Makes a call. Polling it takes no time: the driver works elsewhere. Dropping the future gives up the answer; where
     /// the driver runs in another process, it goes on there. [`Restarted`](DeviceError::Restarted) when the driver dies in

@@ -169,13 +169,10 @@ impl Shared {
     /// The next job that somebody still waits for, of those that may begin now.
     pub(super) fn next_job(&self, may: impl Fn(&Call) -> bool) -> Option<Job> {
         let mut queue = self.queue();
-        begin(|| queue.turns.pop_if(|job| job.reply.is_closed() || may(&job.call)))
-    }
-
-    /// The same, of the one whose turn it is.
-    pub(super) fn next_job_in_turn(&self, may: impl Fn(&Call) -> bool) -> Option<Job> {
-        let mut queue = self.queue();
-        begin(|| queue.turns.pop_next_if(|job| job.reply.is_closed() || may(&job.call)))
+        let next = || queue.turns.pop_if(|job| job.reply.is_closed() || may(&job.call));
+        let job = std::iter::from_fn(next).find(|job| !job.reply.is_closed())?;
+        job.begun.store(true, Ordering::Relaxed);
+        Some(job)
     }
 
     /// A place in the full queue for an owner that has fewer than another: whoever fills it must not keep the others out.
@@ -225,13 +222,6 @@ struct Waiting<'a> {
     shared: &'a Shared,
     owner: u64,
     id: u64,
-}
-
-/// The first of these that somebody still waits for, which is being made from now on.
-fn begin(next: impl FnMut() -> Option<Job>) -> Option<Job> {
-    let job = std::iter::from_fn(next).find(|job| !job.reply.is_closed())?;
-    job.begun.store(true, Ordering::Relaxed);
-    Some(job)
 }
 
 impl Drop for Waiting<'_> {

@@ -41,11 +41,6 @@ impl<T> Turns<T> {
         Some(job)
     }
 
-    /// Takes the job whose turn it is, if it `may` go.
-    pub fn pop_next_if(&mut self, may: impl Fn(&T) -> bool) -> Option<T> {
-        self.owners.front()?.1.front().is_some_and(may).then(|| self.pop())?
-    }
-
     /// Takes the first job of `owner` that `which` picks.
     pub fn remove(&mut self, owner: u64, which: impl Fn(&T) -> bool) -> Option<T> {
         let at = self.owners.iter().position(|(other, _)| *other == owner)?;
@@ -115,15 +110,6 @@ mod tests {
         let order: Vec<_> = std::iter::from_fn(|| turns.pop_if(|_| true)).collect();
         assert_eq!(order, ["a1", "c1", "b2", "a2", "a3"]);
         assert_eq!(turns.len(), 0);
-    }
-
-    #[test]
-    fn nobody_goes_before_one_whose_turn_it_is() {
-        let mut turns = filled();
-        assert_eq!(turns.pop_next_if(|job| !job.starts_with('a')), None);
-        assert_eq!(turns.pop_next_if(|job| job.starts_with('a')), Some("a1"));
-        assert_eq!(turns.pop_next_if(|_| true), Some("b1"));
-        assert_eq!(Turns::<u8>::default().pop_next_if(|_| true), None);
     }
 
     #[test]

@@ -31,11 +31,6 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const MAX_DEATHS: u32 = 5;
 /// A driver that has lived this long died for the first time.
 const STABLE: Duration = Duration::from_secs(10);
-/// An operation that takes less is brief, with all that it waits for.
-const BRIEF: Duration = Duration::from_millis(10);
-/// So many brief ones in a row, and a driver is given more calls than it has lanes, as many again: what a lane takes next
-/// is there already, and it need not sleep between two.
-const BRISK: u32 = 8;
 /// How long a driver may take to let go of its device. pcscd resets the card of a process that is killed, under whoever else
 /// has it open.
 const PARTING: Duration = Duration::from_millis(500);
@@ -275,14 +270,11 @@ struct Lanes<'a, S> {
     /// Whether we have changed some: what is published follows the change, and a scan comes when the device is idle, so
     /// that a key can be made, used and deleted without one in between.
     changed: bool,
-    /// How many operations in a row were brief.
-    brief: u32,
 }
 
 struct Active {
     task: Task,
     kind: Kind,
-    began: Instant,
     /// From then on it is stalled.
     limit: Instant,
     stalled: bool,
@@ -361,7 +353,6 @@ impl<'a, S: Session> Lanes<'a, S> {
             probe_at: Instant::now() + shared.settings.probe,
             rescan: false,
             changed: false,
-            brief: 0,
         }
     }
 
@@ -380,7 +371,7 @@ impl<'a, S: Session> Lanes<'a, S> {
             tokio::select! {
                 biased;
                 (id, result) = self.running.next() => {
-                    if let Some(ended) = self.done(id, result).or_else(|| self.others_done()) {
+                    if let Some(ended) = self.done(id, result) {
                         break ended;
                     }
                 }
@@ -425,23 +416,7 @@ impl<'a, S: Session> Lanes<'a, S> {
                 break;
             }
         }
-        while self.may_start_more()
-            && let Some(job) = self.shared.next_job_in_turn(|call| matches!(call, Call::Operate(..)))
-        {
-            self.start(job.call, Task::Job { reply: job.reply, effect: Effect::None }, job.limit);
-        }
-        self.shared.active.store(self.active.len().min(self.lanes), Ordering::Relaxed);
-    }
-
-    /// Whether the driver takes another operation while all lanes have one: not when it might stay behind something long.
-    fn may_start_more(&self) -> bool {
-        self.brief >= BRISK
-            && self.session.takes_more()
-            && self.drain_until.is_none()
-            && !self.rescan
-            && (self.lanes..2 * self.lanes).contains(&self.active.len())
-            && self.active.values().all(|active| active.kind == Kind::Use)
-            && self.active.first_key_value().is_some_and(|(_, first)| first.began.elapsed() < BRIEF)
+        self.shared.active.store(self.active.len(), Ordering::Relaxed);
     }
 
     fn start(&mut self, call: Call, task: Task, limit: Duration) {
@@ -449,8 +424,7 @@ impl<'a, S: Session> Lanes<'a, S> {
         self.started += 1;
         let kind = Kind::of(&call);
         self.running.0.push((id, Box::pin(self.session.call(call))));
-        let began = Instant::now();
-        self.active.insert(id, Active { task, kind, began, limit: began + limit, stalled: false, outdated: false });
+        self.active.insert(id, Active { task, kind, limit: Instant::now() + limit, stalled: false, outdated: false });
     }
 
     fn stall(&mut self) {
@@ -463,22 +437,10 @@ impl<'a, S: Session> Lanes<'a, S> {
         publish(self.shared, |state| state.health = Health::Stalled);
     }
 
-    /// Passes on what else has come meanwhile.
-    fn others_done(&mut self) -> Option<Ended> {
-        while let Poll::Ready((id, result)) = self.running.poll_next(&mut Context::from_waker(Waker::noop())) {
-            let ended = self.done(id, result);
-            if ended.is_some() {
-                return ended;
-            }
-        }
-        None
-    }
-
     /// Passes on an answer. `Some` when the session is over.
     fn done(&mut self, id: u64, result: Result<Reply, DeviceError>) -> Option<Ended> {
         let active = self.active.remove(&id)?;
         self.probe_at = Instant::now();
-        self.brief = if self.probe_at - active.began < BRIEF { self.brief.saturating_add(1) } else { 0 };
         let is_login = matches!(active.task, Task::Job { effect: Effect::LogsIn, .. });
         // After a login that failed, people shall be told at once what tries are left.
         if !is_login || result.is_ok() {

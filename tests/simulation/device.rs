@@ -17,7 +17,7 @@ use strongroom::devices::{
     in_process::{Here, InProcess},
 };
 use tokio::{
-    sync::{Notify, Semaphore},
+    sync::Notify,
     time::{Instant, sleep},
 };
 
@@ -125,8 +125,7 @@ impl Token {
         let fate = self.with(|state| {
             let random = &mut state.random;
             match state.mood {
-                // Some are brief enough for more calls than they have lanes.
-                Mood::Well => Fate::Well(random.between(1, if self.number.is_multiple_of(2) { 4 } else { 30 })),
+                Mood::Well => Fate::Well(random.between(1, 30)),
                 Mood::Slow => Fate::Well(random.between(300, 9_000)),
                 Mood::Hung => Fate::Hang,
                 Mood::Lying => Fate::Lie(random.between(1, 30)),
@@ -276,6 +275,7 @@ impl Driver for Card {
 
     async fn sign(&self, slot: &Slot, _: Scheme, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
         let _inside = self.enter();
+        self.token.world.device_signs(self.token.number);
         if self.status().locked {
             self.token.event("wants a PIN");
             return Err(DeviceError::PinRequired);
@@ -368,16 +368,13 @@ impl Engine for Mortal {
     type Session = Alive;
 
     async fn open(&self) -> Result<Alive, DeviceError> {
-        let (session, token) = (self.engine.open().await?, Arc::clone(&self.token));
-        Ok(Alive { session, lanes: Arc::new(Semaphore::new(token.lanes)), token })
+        Ok(Alive { session: self.engine.open().await?, token: Arc::clone(&self.token) })
     }
 }
 
 pub struct Alive {
     token: Arc<Token>,
     session: Here<Card>,
-    /// One permit for each.
-    lanes: Arc<Semaphore>,
 }
 
 impl Session for Alive {
@@ -385,19 +382,8 @@ impl Session for Alive {
         self.session.lanes()
     }
 
-    fn takes_more(&self) -> bool {
-        true
-    }
-
     fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
-        if matches!(call, Call::Operate(..)) {
-            self.token.world.device_is_to_sign(self.token.number);
-        }
-        let (call, lanes) = (self.session.call(call), Arc::clone(&self.lanes));
-        async move {
-            let _lane = lanes.acquire_owned().await.map_err(|_| DeviceError::Restarted)?;
-            call.await
-        }
+        self.session.call(call)
     }
 
     fn died(&self) -> impl Future<Output = String> + Send + 'static {

@@ -210,11 +210,10 @@ impl World {
         self.with(|state| state.yes += 1);
     }
 
-    /// A driver is given a signature to make: not while the vault is sealed, but for the very moment of the lock. It may begin
-    /// with it when a lane is free.
-    pub fn device_is_to_sign(&self, device: usize) {
+    /// A device begins a signature: not while the vault is sealed. What came to it in the very moment of the lock may.
+    pub fn device_signs(&self, device: usize) {
         if self.with(|state| state.is_sealed_for_long()) {
-            self.violation(&format!("device {device} was given a signature to make while the vault was sealed"));
+            self.violation(&format!("device {device} began a signature while the vault was sealed"));
         }
     }
 

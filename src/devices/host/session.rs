@@ -165,7 +165,7 @@ pub(super) async fn end_of(child: &Child) -> Option<ExitStatus> {
 impl HostSession {
     /// A session on a process that has opened its device. `log` ends by itself soon after the process.
     pub(super) fn start(socket: UnixStream, child: Child, lanes: usize, log: Option<JoinHandle<()>>) -> Self {
-        let limit = 2 * lanes + wire::SPARE_CALLS;
+        let limit = lanes + wire::SPARE_CALLS;
         let (sender, late) = mpsc::channel(limit);
         let (input, output) = socket.into_split();
         let calls = Arc::new(Calls::new(output, sender, limit));
@@ -179,11 +179,6 @@ impl HostSession {
 impl Session for HostSession {
     fn lanes(&self) -> usize {
         self.lanes
-    }
-
-    fn takes_more(&self) -> bool {
-        // A device with one lane has people to wait for, or nothing to gain.
-        self.lanes > 1
     }
 
     fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
@@ -484,7 +479,7 @@ mod tests {
     async fn calls_beyond_the_bound_are_refused_and_the_rest_go_on() {
         let mut fake = Fake::start(1).await;
         let mut waiting = Vec::new();
-        for _ in 0..2 + wire::SPARE_CALLS {
+        for _ in 0..1 + wire::SPARE_CALLS {
             waiting.push(fake.begin(Call::Health).await);
         }
         assert!(matches!(fake.session.call(Call::Health).await, Err(DeviceError::Busy)));

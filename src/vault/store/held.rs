@@ -1,19 +1,19 @@
 //! A file whose changes are held back at first, in their order: opening a database writes, and waits for the disk four
 //! times, before anybody can be answered. Knows no database.
 //!
-//! What is held is written, and waited for, just as it would have been; only later. A process that dies before has not
-//! opened the file at all.
+//! Once it is settled, what was held is written, and waited for, just as it would have been; only later. A file that is
+//! closed before, or whose process dies, is as it was.
 
 use std::{
     collections::VecDeque,
-    io,
+    io, mem,
     ops::Bound,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use redb::{BackendError, StorageBackend, backends::FileBackend};
 
-/// The most that is held, in bytes. What is more is written at once.
+/// The most that is held, in bytes. What is more is written at once, with all before it.
 const MAX_HELD: usize = 1 << 20;
 
 /// The file, as a database sees it.
@@ -23,14 +23,17 @@ pub(super) struct HeldFile(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     file: FileBackend,
-    /// `None` once nothing is held any more.
-    held: Mutex<Option<Held>>,
+    state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
-struct Held {
-    steps: VecDeque<Step>,
-    bytes: usize,
+#[derive(Debug)]
+enum State {
+    /// So many bytes in these steps.
+    Holding(VecDeque<Step>, usize),
+    /// Nothing is held any more.
+    Settled,
+    /// A step failed, or none was to be made: what the database has seen is not what is in the file.
+    Over,
 }
 
 #[derive(Debug)]
@@ -46,27 +49,47 @@ enum Step {
 impl HeldFile {
     /// Holds changes back from now on, where `hold` says so.
     pub(super) fn new(file: FileBackend, hold: bool) -> Self {
-        Self(Arc::new(Inner { file, held: Mutex::new(hold.then(Held::default)) }))
+        let state = if hold { State::Holding(VecDeque::new(), 0) } else { State::Settled };
+        Self(Arc::new(Inner { file, state: Mutex::new(state) }))
     }
 
-    /// Makes the changes that were held back, and holds no more. After an error the database is to be opened again.
+    /// Makes the changes that were held back, and holds no more. After an error nothing more is read or written: the database
+    /// is to be opened again.
     pub(super) fn settle(&self) -> io::Result<()> {
-        let mut held = self.held();
-        // Whoever comes meanwhile waits: it must not overtake.
-        while let Some(step) = held.as_ref().and_then(|held| held.steps.front()) {
-            match step {
-                Step::Write { offset, data } => self.0.file.write(*offset, data)?,
-                Step::Sync => self.0.file.sync_data()?,
+        let state = &mut *self.state();
+        if let State::Holding(steps, _) = state {
+            let steps = mem::take(steps);
+            *state = State::Over;
+            // Whoever comes meanwhile waits: it must not overtake.
+            for step in steps {
+                match step {
+                    Step::Write { offset, data } => self.0.file.write(offset, &data)?,
+                    Step::Sync => self.0.file.sync_data()?,
+                }
             }
-            held.as_mut().map(|held| held.steps.pop_front());
+            *state = State::Settled;
         }
-        *held = None;
-        Ok(())
+        match state {
+            State::Over => Err(over()),
+            _ => Ok(()),
+        }
     }
 
-    fn held(&self) -> MutexGuard<'_, Option<Held>> {
-        self.0.held.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Drops what is held back, if anything is, and has every further change refused.
+    pub(super) fn discard(&self) {
+        let state = &mut *self.state();
+        if let State::Holding(..) = state {
+            *state = State::Over;
+        }
     }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn over() -> io::Error {
+    io::Error::other("it could not be written when it was opened")
 }
 
 impl StorageBackend for HeldFile {
@@ -75,14 +98,20 @@ impl StorageBackend for HeldFile {
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        let held = self.held();
+        let state = self.state();
         self.0.file.read(offset, out)?;
-        for step in held.iter().flat_map(|held| &held.steps) {
-            if let Step::Write { offset: at, data } = step {
-                overlay(out, offset, data, *at);
+        match &*state {
+            State::Holding(steps, _) => {
+                for step in steps {
+                    if let Step::Write { offset: at, data } = step {
+                        overlay(out, offset, data, *at);
+                    }
+                }
+                Ok(())
             }
+            State::Settled => Ok(()),
+            State::Over => Err(over()),
         }
-        Ok(())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -91,24 +120,23 @@ impl StorageBackend for HeldFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        if let Some(held) = &mut *self.held() {
-            held.steps.push_back(Step::Sync);
-            return Ok(());
+        match &mut *self.state() {
+            State::Holding(steps, _) => {
+                steps.push_back(Step::Sync);
+                Ok(())
+            }
+            State::Settled => self.0.file.sync_data(),
+            State::Over => Err(over()),
         }
-        self.0.file.sync_data()
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        {
-            let mut held = self.held();
-            let len = self.0.file.len()?;
-            let fits = |held: &&mut Held| {
-                held.bytes + data.len() <= MAX_HELD
-                    && offset.checked_add(data.len() as u64).is_some_and(|end| end <= len)
-            };
-            if let Some(held) = held.as_mut().filter(fits) {
-                held.bytes += data.len();
-                held.steps.push_back(Step::Write { offset, data: data.into() });
+        if let State::Holding(steps, bytes) = &mut *self.state() {
+            let end = offset.checked_add(data.len() as u64);
+            let is_inside = end.is_some_and(|end| self.0.file.len().is_ok_and(|len| end <= len));
+            if is_inside && *bytes + data.len() <= MAX_HELD {
+                *bytes += data.len();
+                steps.push_back(Step::Write { offset, data: data.into() });
                 return Ok(());
             }
         }
@@ -117,7 +145,7 @@ impl StorageBackend for HeldFile {
     }
 
     fn close(&self) -> io::Result<()> {
-        self.settle()?;
+        self.discard();
         self.0.file.close()
     }
 
@@ -204,11 +232,10 @@ mod tests {
 
     #[test]
     fn what_would_change_its_length_settles_it() {
-        for change in [
-            (|held: &HeldFile| held.set_len(80)) as fn(&HeldFile) -> io::Result<()>,
-            |held| held.write(60, b"12345678"),
-            |held| held.close(),
-        ] {
+        let changes = [(|held: &HeldFile| held.set_len(80)) as fn(&HeldFile) -> io::Result<()>, |held| {
+            held.write(60, b"12345678")
+        }];
+        for change in changes {
             let file = file();
             let held = held(&file, true);
             held.write(1, b"a").unwrap();
@@ -216,6 +243,27 @@ mod tests {
             change(&held).unwrap();
             assert_eq!(content(&file)[..2], *b"\0a");
         }
+    }
+
+    #[test]
+    fn what_is_closed_before_it_settles_is_as_it_was() {
+        let file = file();
+        let held = held(&file, true);
+        held.write(1, b"a").unwrap();
+        held.close().unwrap();
+        assert!(held.settle().is_err() && held.write(2, b"b").is_err() && held.sync_data().is_err());
+        assert_eq!(content(&file), [0; LEN]);
+    }
+
+    #[test]
+    fn after_a_step_that_failed_none_follows() {
+        let place = tempfile::NamedTempFile::new().unwrap();
+        place.as_file().set_len(LEN as u64).unwrap();
+        let held = held(&File::open(place.path()).unwrap(), true);
+        held.write(1, b"a").unwrap();
+        held.sync_data().unwrap();
+        assert!(held.settle().is_err(), "it was opened for reading");
+        assert!(held.settle().is_err() && held.sync_data().is_err() && held.read(0, &mut [0]).is_err());
     }
 
     #[test]

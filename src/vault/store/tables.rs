@@ -119,7 +119,8 @@ pub(super) enum Open {
     New,
     /// In one that has some.
     There,
-    /// The same, and what opening them changes in the file is held back until [`Tables::settle`] or the first change.
+    /// The same, and what opening them changes in the file is held back until [`Tables::settle`] or the first change. Dropped
+    /// before, they leave the file as it was.
     Held,
 }
 
@@ -151,8 +152,9 @@ impl Tables {
                 }
                 opened => opened?,
             };
-            migrate(&database, how == Open::New)?;
-            Ok(Self { database: Some(database), file })
+            let tables = Self { database: Some(database), file };
+            migrate(tables.database()?, how == Open::New)?;
+            Ok(tables)
         })
     }
 
@@ -193,6 +195,7 @@ impl Tables {
         &self,
         change: impl FnOnce(&mut Change<'_>) -> Result<(), Fault>,
     ) -> Result<Option<Made>, Fault> {
+        self.settle()?;
         let database = self.database()?;
         guarded(|| {
             let transaction = begin(database)?;
@@ -242,6 +245,8 @@ impl Tables {
 impl Drop for Tables {
     fn drop(&mut self) {
         let database = self.database.take();
+        // What redb writes when it closes its file is for one that it opened.
+        self.file.discard();
         let _ = guarded(|| {
             drop(database);
             Ok(())
