@@ -10,20 +10,14 @@ mod support;
 
 use std::{collections::BTreeMap, path::Path};
 
-use support::{c::Program, command, daemon::Home, eventually, run};
+use support::{
+    c::Program,
+    command,
+    daemon::{Home, SLOW},
+    eventually, run,
+};
 
 const ROUNDS: usize = 3;
-
-const SLOW: &str = r#"
-lanes = 8
-control = CONTROL
-[[key]]
-slot = "k"
-type = "ed25519"
-[[rule]]
-on = "sign"
-do = { sleep_ms = 50 }
-"#;
 
 fn main() {
     // Cargo adds `--bench`.

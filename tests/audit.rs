@@ -13,34 +13,16 @@ use std::{
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use strongroom::agent::message::{Code, Request, Target};
 use support::{
+    cli,
     client::{Client, FAILURE, Key, LOCK, REMOVE_IDENTITY, SUCCESS, UNLOCK, frame, message, put, random},
-    command,
-    daemon::{Daemon, Home},
-    eventually, run,
+    daemon::{Daemon, Home, LOCKED},
+    eventually,
     service::{ssh, unlock, use_key},
 };
 
-/// Opens locked.
-const LOCKED: &str = r#"
-serial = "L1"
-locked = true
-control = CONTROL
-[pin]
-value = "123456"
-tries = 5
-[[key]]
-slot = "k"
-type = "p256"
-seed = 2
-label = "locked"
-"#;
-
 /// Runs `strongroom` at the service door, with a passphrase on its standard input.
 fn cli(home: &Home, words: &[&str]) {
-    fs::write(home.path("stdin"), "correct horse battery staple\n").unwrap();
-    let mut command = command(env!("CARGO_BIN_EXE_strongroom"), &home.path(""));
-    command.stdin(fs::File::open(home.path("stdin")).unwrap()).env("STRONGROOM_SOCKET", home.path("service"));
-    run(command.args(words)).ok();
+    cli::fed(home, words, "correct horse battery staple\n").ok();
 }
 
 /// The lines that say all of these.
@@ -230,8 +212,7 @@ fn limit(daemon: &Daemon<'_>, bytes: Option<u64>) {
 fn on_a_full_disk_keys_are_used_or_refused_as_configured() {
     // Without a choice, uses of stored keys are refused.
     for on_full in ["refuse", "warn", ""] {
-        let mut home = Home::new();
-        home.env("STRONGROOM_TEST_SLOT_MS", "1");
+        let mut home = Home::with_cheap_tries();
         let choice = if on_full.is_empty() { String::new() } else { format!("on_full = \"{on_full}\"") };
         home.configure(&format!("[audit]\nmax_size = \"1G\"\n{choice}"));
         let daemon = home.start();

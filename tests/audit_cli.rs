@@ -13,17 +13,16 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use strongroom::vault::audit::path_of;
 use support::{
-    Outcome,
+    Outcome, cli,
     client::{FAILURE, Key},
-    command,
     daemon::Home,
     run,
 };
 
 /// `strongroom` with these words; it finds the daemon, and the log where none runs.
 fn strongroom(home: &Home, words: &str) -> Command {
-    let mut command = command(env!("CARGO_BIN_EXE_strongroom"), &home.path(""));
-    command.env("STRONGROOM_SOCKET", home.path("service")).args(words.split_whitespace());
+    let mut command = cli::strongroom(home);
+    command.args(words.split_whitespace());
     command
 }
 

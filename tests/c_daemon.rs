@@ -16,23 +16,11 @@ use strongroom::{agent::message::Request, public_key::PublicKey, rfc4251::Put, v
 use support::{
     c::Program,
     command,
-    daemon::{Daemon, Home},
+    daemon::{Daemon, Home, SLOW},
     eventually, keygen, public_key, run, soft, with_suffix,
 };
 
 const COUNT: usize = 1000;
-
-/// Eight lanes that take 50 ms each.
-const SLOW: &str = r#"
-lanes = 8
-control = CONTROL
-[[key]]
-slot = "k"
-type = "ed25519"
-[[rule]]
-on = "sign"
-do = { sleep_ms = 50 }
-"#;
 
 /// Does not come back from signatures.
 const DEAD: &str = r#"

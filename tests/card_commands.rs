@@ -9,7 +9,7 @@ use std::{fs, path::PathBuf, thread};
 
 use serde_json::Value;
 use support::{
-    Outcome,
+    Outcome, cli,
     client::{Key, SUCCESS, message},
     command,
     daemon::{Daemon, Home},
@@ -42,10 +42,7 @@ fn start<'a>(home: &'a Home) -> Daemon<'a> {
 
 /// Runs `strongroom` with these words, which spaces separate, and these lines on its standard input.
 fn fed(home: &Home, words: &str, lines: &[&str]) -> Outcome {
-    fs::write(home.path("stdin"), lines.join("\n")).unwrap();
-    let mut command = command(env!("CARGO_BIN_EXE_strongroom"), &home.path(""));
-    command.env("STRONGROOM_SOCKET", home.path("service")).stdin(fs::File::open(home.path("stdin")).unwrap());
-    run(command.args(words.split_whitespace()))
+    cli::fed(home, words.split_whitespace(), lines.join("\n"))
 }
 
 fn cli(home: &Home, words: &str) -> Outcome {
@@ -54,7 +51,7 @@ fn cli(home: &Home, words: &str) -> Outcome {
 
 #[track_caller]
 fn json(home: &Home, words: &str) -> Value {
-    serde_json::from_str(&cli(home, &format!("{words} --json")).ok()).unwrap()
+    cli::json(cli(home, &format!("{words} --json")))
 }
 
 /// What `card status` says of a slot.

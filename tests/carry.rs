@@ -25,6 +25,7 @@ use strongroom::{
 };
 use support::{
     Outcome,
+    cli::{fed, json},
     client::Client,
     command,
     daemon::{Daemon, Home},
@@ -37,29 +38,10 @@ use zeroize::Zeroizing;
 const PASSPHRASE: &str = "correct horse battery staple";
 const DATA: &[u8] = b"what is signed";
 
-/// A home in which a try at a passphrase costs as little as a store allows.
-fn home() -> Home {
-    let mut home = Home::new();
-    home.env("STRONGROOM_TEST_SLOT_MS", "1");
-    home
-}
-
-/// `strongroom` with these words, and this on its standard input.
-fn fed(home: &Home, words: &[&str], input: &str) -> Outcome {
-    let mut command = command(env!("CARGO_BIN_EXE_strongroom"), &home.path(""));
-    fs::write(home.path("stdin"), input).unwrap();
-    let stdin = fs::File::open(home.path("stdin")).unwrap();
-    run(command.env("STRONGROOM_SOCKET", home.path("service")).args(words).stdin(stdin))
-}
-
-/// The same with the store's passphrase.
+/// `strongroom` with these words, and the store's passphrase on its standard input.
 fn proven(home: &Home, line: &str) -> Outcome {
     let words: Vec<_> = line.split_whitespace().chain(["--passphrase-stdin"]).collect();
     fed(home, &words, PASSPHRASE)
-}
-
-fn json(outcome: Outcome) -> Value {
-    serde_json::from_str(&outcome.ok()).unwrap()
 }
 
 /// Makes the store, and puts its recovery key into a file, as age-keygen writes them.
@@ -102,7 +84,7 @@ fn copy(from: &Home, to: &Home, name: &str) {
 
 #[test]
 fn a_backup_is_restored_in_another_vault_and_signs_the_same() {
-    let (first, second) = (home(), home());
+    let (first, second) = (Home::with_cheap_tries(), Home::with_cheap_tries());
     let (daemon, other) = (vault(&first), vault(&second));
     let mut client = daemon.connect_service();
     let keys = [generate(&mut client, "free", true), generate(&mut client, "bound", false)];
@@ -151,7 +133,7 @@ fn recipient(home: &Home) -> String {
 
 #[test]
 fn under_another_recipient_goes_only_what_may_leave() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = vault(&home);
     let mut client = daemon.connect_service();
     generate(&mut client, "bound", false);
@@ -178,7 +160,7 @@ fn under_another_recipient_goes_only_what_may_leave() {
 #[test]
 fn thousands_of_keys_go_in_and_out() {
     const COUNT: usize = 2000;
-    let home = home();
+    let home = Home::with_cheap_tries();
     let _daemon = vault(&home);
     let keys: Vec<_> = (0..COUNT).map(carried).collect();
     let own = SecretKey::generate().unwrap();
@@ -208,7 +190,7 @@ fn carried(n: usize) -> CarriedKey {
 /// Whoever can write the state file, and not open it, has no backup encrypted to himself.
 #[test]
 fn a_recovery_slot_from_elsewhere_reads_no_backup() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = vault(&home);
     generate(&mut daemon.connect_service(), "deploy", true);
     drop(daemon);
@@ -232,7 +214,7 @@ fn a_recovery_slot_from_elsewhere_reads_no_backup() {
 /// While keys are made, each backup has those that were there when it began, whole.
 #[test]
 fn a_backup_is_consistent_while_keys_come_and_go() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = vault(&home);
     let mut client = daemon.connect_service();
     let mut made = 0;
@@ -261,7 +243,7 @@ fn fingerprint(told: &Value) -> String {
 
 #[test]
 fn keys_are_transferred_between_two_vaults_once() {
-    let (source, target) = (home(), home());
+    let (source, target) = (Home::with_cheap_tries(), Home::with_cheap_tries());
     let (daemon, other) = (vault(&source), vault(&target));
     let mut client = daemon.connect_service();
     let keys = [generate(&mut client, "deploy", true), generate(&mut client, "signing", true)];
@@ -327,7 +309,7 @@ fn changed_armour(path: &Path) -> String {
 /// An offer survives a restart of the target, and a person is asked on the terminal.
 #[test]
 fn people_compare_fingerprints_on_the_terminal() {
-    let (source, target) = (home(), home());
+    let (source, target) = (Home::with_cheap_tries(), Home::with_cheap_tries());
     let (daemon, other) = (vault(&source), vault(&target));
     generate(&mut daemon.connect_service(), "deploy", true);
     let told = proven(&target, "transfer offer offer --name target").ok();
@@ -365,7 +347,7 @@ fn people_compare_fingerprints_on_the_terminal() {
 
 #[test]
 fn pieces_have_their_order_and_their_bounds() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = vault(&home);
     let mut client = daemon.connect_service();
     let piece = |offset, bytes| Request::Carry(CarryRequest::Upload { offset, bytes });

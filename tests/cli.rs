@@ -14,8 +14,10 @@ use std::{
 use serde_json::Value;
 use strongroom::public_key::{PublicKey, fingerprint};
 use support::{
-    Outcome, command,
-    daemon::{Daemon, Home},
+    Outcome,
+    cli::{self, strongroom},
+    command,
+    daemon::{Daemon, Home, LOCKED},
     eventually, keygen, run,
     soft::unhex,
     terminal::Terminal,
@@ -65,21 +67,6 @@ on = "sign"
 do = "absent"
 "#;
 
-/// Opens locked.
-const LOCKED: &str = r#"
-serial = "L1"
-locked = true
-control = CONTROL
-[pin]
-value = "123456"
-tries = 5
-[[key]]
-slot = "k"
-type = "p256"
-seed = 4
-label = "locked"
-"#;
-
 const MESSAGE: &[u8] = b"what is signed here\n";
 
 /// A home with the device `token`, and a file `m` with the message.
@@ -100,29 +87,20 @@ fn start(home: &Home) -> Daemon<'_> {
     daemon
 }
 
-/// `strongroom` with these words, in the home's directory, where it finds the daemon.
-fn strongroom(home: &Home) -> Command {
-    let mut command = command(env!("CARGO_BIN_EXE_strongroom"), &home.path(""));
-    command.env("STRONGROOM_SOCKET", home.path("service"));
-    command
-}
-
-/// Runs it to its end. Words are separated by spaces.
+/// `strongroom` with these words, which spaces separate.
 fn cli(home: &Home, words: &str) -> Outcome {
     run(strongroom(home).args(words.split_whitespace()))
 }
 
 /// Runs it with this on its standard input.
 fn fed(home: &Home, words: &str, input: &[u8]) -> Outcome {
-    fs::write(home.path("stdin"), input).unwrap();
-    let file = fs::File::open(home.path("stdin")).unwrap();
-    run(strongroom(home).args(words.split_whitespace()).stdin(file))
+    cli::fed(home, words.split_whitespace(), input)
 }
 
 /// What it prints with `--json`, when it succeeds.
 #[track_caller]
 fn json(home: &Home, words: &str) -> Value {
-    serde_json::from_str(&cli(home, &format!("{words} --json")).ok()).unwrap()
+    cli::json(cli(home, &format!("{words} --json")))
 }
 
 fn openssl(home: &Home, words: &str) -> Outcome {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use support::{
     Outcome, PATIENCE,
     bad_module::BadModule,
-    command,
+    cli::{self, json},
     daemon::{Daemon, Home},
     eventually, run,
     softhsm::{self, SoftHsm},
@@ -19,14 +19,8 @@ use support::{
 
 /// `strongroom device` with these words.
 fn device(home: &Home, hsm: &SoftHsm, words: &str) -> Outcome {
-    let dir = home.path("agent").parent().unwrap().to_owned();
-    let mut strongroom = command(env!("CARGO_BIN_EXE_strongroom"), &dir);
-    strongroom.env("SOFTHSM2_CONF", hsm.conf()).env("STRONGROOM_SOCKET", home.path("service"));
-    run(strongroom.arg("device").args(words.split_whitespace()))
-}
-
-fn json(outcome: Outcome) -> Value {
-    serde_json::from_str(&outcome.ok()).unwrap()
+    let mut strongroom = cli::strongroom(home);
+    run(strongroom.env("SOFTHSM2_CONF", hsm.conf()).arg("device").args(words.split_whitespace()))
 }
 
 fn reload(home: &Home, daemon: &Daemon<'_>) {

@@ -8,20 +8,19 @@ use std::fs;
 
 use serde_json::Value;
 use support::{
-    Outcome, command,
+    Outcome, cli, command,
     daemon::{Daemon, Home},
     eventually, run,
     softhsm::SoftHsm,
 };
 
 fn cli(home: &Home, words: &str) -> Outcome {
-    let mut command = command(env!("CARGO_BIN_EXE_strongroom"), &home.path(""));
-    run(command.env("STRONGROOM_SOCKET", home.path("service")).args(words.split_whitespace()))
+    run(cli::strongroom(home).args(words.split_whitespace()))
 }
 
 #[track_caller]
 fn json(home: &Home, words: &str) -> Value {
-    serde_json::from_str(&cli(home, &format!("{words} --json")).ok()).unwrap()
+    cli::json(cli(home, &format!("{words} --json")))
 }
 
 /// What pkcs11-tool says of the objects of this type, the private ones too.

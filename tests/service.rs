@@ -26,7 +26,7 @@ use support::{
         put, take,
     },
     command,
-    daemon::{Daemon, Home},
+    daemon::{Daemon, Home, LOCKED},
     eventually, keygen, run,
     service::{
         Bytes, all_names, collect, compatible, compatible_requests, decrypt, derive, first_page, frame_of, one_of_each,
@@ -53,21 +53,6 @@ label = "p256"
 slot = "r"
 type = "rsa"
 label = "rsa"
-"#;
-
-/// Opens locked.
-const LOCKED: &str = r#"
-serial = "L1"
-locked = true
-control = CONTROL
-[pin]
-value = "123456"
-tries = 5
-[[key]]
-slot = "k"
-type = "p256"
-seed = 2
-label = "locked"
 "#;
 
 const DATA: &[u8] = b"what is signed";

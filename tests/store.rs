@@ -13,7 +13,6 @@ use std::{
 
 use base64ct::{Base64, Encoding};
 use rustix::process::Signal;
-use serde_json::Value;
 use strongroom::{
     agent::message::{Code, How, KeyEntry, KeyUse, Made, Page, Request, StoreRequest, Target},
     devices::{Algorithm, NewKey, Scheme, Signature, soft::SoftKey, verify::verify},
@@ -29,6 +28,7 @@ use support::{
     Outcome,
     agent::memory_contains,
     askpass::Askpass,
+    cli::{fed, json},
     client::{CONFIRM, Client, Key, LOCK, SUCCESS, UNLOCK, message},
     command,
     daemon::Home,
@@ -41,27 +41,8 @@ use support::{
 const PASSPHRASE: &str = "correct horse battery staple";
 const DATA: &[u8] = b"what is signed";
 
-/// A home in which a try at a passphrase costs as little as a store allows.
-fn home() -> Home {
-    let mut home = Home::new();
-    home.env("STRONGROOM_TEST_SLOT_MS", "1");
-    home
-}
-
-/// `strongroom` with these words and this on its standard input.
-fn fed(home: &Home, words: &[&str], input: &str) -> Outcome {
-    let mut command = command(env!("CARGO_BIN_EXE_strongroom"), &home.path(""));
-    fs::write(home.path("stdin"), input).unwrap();
-    let stdin = fs::File::open(home.path("stdin")).unwrap();
-    run(command.env("STRONGROOM_SOCKET", home.path("service")).args(words).stdin(stdin))
-}
-
 fn cli(home: &Home, words: &[&str]) -> Outcome {
     fed(home, words, "")
-}
-
-fn json(outcome: Outcome) -> Value {
-    serde_json::from_str(&outcome.ok()).unwrap()
 }
 
 /// Makes the store, and gives the recovery key.
@@ -139,7 +120,7 @@ fn public_file(home: &Home, blob: &[u8]) -> PathBuf {
 #[test]
 fn keys_of_every_kind_outlive_the_daemon_and_one_prompt_opens_them_for_ssh() {
     let mut askpass = Askpass::new();
-    let mut home = home();
+    let mut home = Home::with_cheap_tries();
     home.askpass(&askpass);
     let daemon = home.start();
     assert_eq!(state(&home), "none");
@@ -191,7 +172,7 @@ fn keys_of_every_kind_outlive_the_daemon_and_one_prompt_opens_them_for_ssh() {
 #[test]
 fn a_hundred_requests_make_one_prompt_and_each_has_its_own_deadline() {
     let mut askpass = Askpass::new();
-    let mut home = home();
+    let mut home = Home::with_cheap_tries();
     home.askpass(&askpass);
     let daemon = home.start();
     init(&home);
@@ -230,7 +211,7 @@ fn a_hundred_requests_make_one_prompt_and_each_has_its_own_deadline() {
 #[test]
 fn a_wrong_passphrase_is_asked_for_again_and_a_no_is_a_no() {
     let mut askpass = Askpass::new();
-    let mut home = home();
+    let mut home = Home::with_cheap_tries();
     home.askpass(&askpass);
     let daemon = home.start();
     let recovery = init(&home);
@@ -262,7 +243,7 @@ fn a_wrong_passphrase_is_asked_for_again_and_a_no_is_a_no() {
 
 #[test]
 fn without_a_prompt_the_refusal_says_what_unlocks() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = home.start();
     init(&home);
     let mut client = daemon.connect_service();
@@ -275,7 +256,7 @@ fn without_a_prompt_the_refusal_says_what_unlocks() {
 
 #[test]
 fn a_person_makes_a_store_on_the_terminal() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let _daemon = home.start();
     let mut terminal = Terminal::start(&home, "init");
     terminal.shows("New passphrase: ");
@@ -319,7 +300,7 @@ fn a_person_makes_a_store_on_the_terminal() {
 
 #[test]
 fn each_slot_opens_the_store_and_the_last_one_stays() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = home.start();
     init(&home);
     let file = home.path("key");
@@ -366,7 +347,7 @@ fn each_slot_opens_the_store_and_the_last_one_stays() {
 
 #[test]
 fn a_key_file_that_is_a_pipe_keeps_nothing_waiting() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = home.start();
     init(&home);
     let add = |file: &Path| {
@@ -394,7 +375,7 @@ fn a_key_file_that_is_a_pipe_keeps_nothing_waiting() {
 
 #[test]
 fn a_credential_of_systemd_opens_the_store_at_the_start() {
-    let mut home = home();
+    let mut home = Home::with_cheap_tries();
     let credentials = home.path("credentials");
     fs::create_dir(&credentials).unwrap();
     fs::write(credentials.join("boot"), [9; 48]).unwrap();
@@ -422,7 +403,7 @@ fn a_credential_of_systemd_opens_the_store_at_the_start() {
 
 #[test]
 fn what_carries_keys_away_or_loosens_them_takes_the_passphrase_each_time() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = home.start();
     init(&home);
     let mut client = daemon.connect_service();
@@ -466,7 +447,7 @@ fn what_carries_keys_away_or_loosens_them_takes_the_passphrase_each_time() {
 #[test]
 fn a_key_from_ssh_add_is_kept_with_its_conditions_and_certificate() {
     let mut askpass = Askpass::new();
-    let mut home = home();
+    let mut home = Home::with_cheap_tries();
     home.askpass(&askpass);
     let daemon = home.start();
     init(&home);
@@ -505,7 +486,7 @@ fn a_key_from_ssh_add_is_kept_with_its_conditions_and_certificate() {
 
 #[test]
 fn ssh_add_locks_the_store_with_the_rest_and_brings_it_back() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = home.start();
     init(&home);
     let mut client = daemon.connect_service();
@@ -534,7 +515,7 @@ fn ssh_add_locks_the_store_with_the_rest_and_brings_it_back() {
 
 #[test]
 fn the_store_is_locked_by_itself() {
-    let mut home = home();
+    let mut home = Home::with_cheap_tries();
     home.configure("[store]\nlock_after_idle = \"10s\"\nlock_after = \"10s\"");
     let daemon = home.start();
     init(&home);
@@ -565,7 +546,7 @@ fn a_locked_store_has_no_key_in_its_memory() {
         eprintln!("not searched: only root may read the memory of an agent");
         return;
     }
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = home.start();
     init(&home);
     let mut client = daemon.connect_service();
@@ -622,7 +603,7 @@ fn a_locked_store_has_no_key_in_its_memory() {
 
 #[test]
 fn nothing_of_the_store_is_for_others() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = home.start();
     init(&home);
     let mut client = daemon.connect_service();
@@ -685,7 +666,7 @@ fn fill(home: &Home, count: usize) -> Vec<u8> {
 #[test]
 fn ten_thousand_stored_keys_are_as_quick_as_one_and_cost_little() {
     const KEYS: usize = 10_000;
-    let (empty, full) = (home(), home());
+    let (empty, full) = (Home::with_cheap_tries(), Home::with_cheap_tries());
     let before = {
         fill(&empty, 1);
         let daemon = empty.start();

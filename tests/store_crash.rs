@@ -192,8 +192,7 @@ fn listed(client: &mut Client) -> BTreeSet<Vec<u8>> {
 #[test]
 fn what_the_daemon_acknowledged_outlives_it() {
     let seed = env::var("STORE_SEED").ok().map_or(1, |seed| seed.parse().unwrap());
-    let mut home = Home::new();
-    home.env("STRONGROOM_TEST_SLOT_MS", "1");
+    let mut home = Home::with_cheap_tries();
     home.env("LD_PRELOAD", shim());
     home.env("FAULT_DIRECTORY", home.path("state"));
     home.env("FAULT_ARM", home.path("armed"));

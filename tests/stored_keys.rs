@@ -12,7 +12,6 @@ use std::{
 
 use base64ct::{Base64, Encoding};
 use rustix::process::Signal;
-use serde_json::Value;
 use strongroom::{
     agent::message::{Code, KeyEntry, Made, Page, Request, StoredRequest},
     public_key::{FingerprintHash, fingerprint},
@@ -21,6 +20,7 @@ use strongroom::{
 use support::{
     Outcome,
     askpass::Askpass,
+    cli::{fed, json},
     client::{Client, Key},
     command,
     daemon::{Daemon, Home},
@@ -32,12 +32,6 @@ use support::{
 const PASSPHRASE: &str = "correct horse battery staple";
 const DATA: &[u8] = b"what is signed";
 
-fn home() -> Home {
-    let mut home = Home::new();
-    home.env("STRONGROOM_TEST_SLOT_MS", "1");
-    home
-}
-
 /// Starts a daemon with a new store.
 fn start(home: &Home) -> Daemon<'_> {
     let daemon = home.start();
@@ -45,19 +39,8 @@ fn start(home: &Home) -> Daemon<'_> {
     daemon
 }
 
-fn fed(home: &Home, words: &[&str], input: &str) -> Outcome {
-    let mut command = command(env!("CARGO_BIN_EXE_strongroom"), &home.path(""));
-    fs::write(home.path("stdin"), input).unwrap();
-    let stdin = fs::File::open(home.path("stdin")).unwrap();
-    run(command.env("STRONGROOM_SOCKET", home.path("service")).args(words).stdin(stdin))
-}
-
 fn cli(home: &Home, words: &[&str]) -> Outcome {
     fed(home, words, "")
-}
-
-fn json(outcome: Outcome) -> Value {
-    serde_json::from_str(&outcome.ok()).unwrap()
 }
 
 fn blob_of(file: &Path) -> Vec<u8> {
@@ -89,7 +72,7 @@ fn imported(home: &Home, name: &str, options: &[&str], words: &[&str]) -> PathBu
 
 #[test]
 fn a_key_from_a_file_logs_in_after_a_restart_and_the_file_is_not_needed() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = start(&home);
     let sealed = keygen(&home.path(""), "sealed", &["-t", "ed25519"]);
     run(command("ssh-keygen", &home.path("")).args(["-q", "-p", "-N", "file pass", "-P", "", "-f"]).arg(&sealed)).ok();
@@ -122,7 +105,7 @@ fn a_key_from_a_file_logs_in_after_a_restart_and_the_file_is_not_needed() {
 
 #[test]
 fn a_disabled_or_expired_key_is_listed_and_not_used() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = start(&home);
     let file = imported(&home, "work", &["-t", "ed25519"], &[]);
     let key = blob_of(&file);
@@ -157,7 +140,7 @@ fn a_disabled_or_expired_key_is_listed_and_not_used() {
 #[test]
 fn tightening_needs_no_passphrase_and_loosening_does() {
     let mut askpass = Askpass::new();
-    let mut home = home();
+    let mut home = Home::with_cheap_tries();
     home.askpass(&askpass);
     let daemon = start(&home);
     let key = blob_of(&imported(&home, "work", &["-t", "ed25519"], &["--exportable"]));
@@ -183,7 +166,7 @@ fn tightening_needs_no_passphrase_and_loosening_does() {
 
 #[test]
 fn an_exportable_key_leaves_sealed_for_ssh_keygen_and_openssl() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = start(&home);
     for (name, options) in
         [("ed", &["-t", "ed25519"][..]), ("ec", &["-t", "ecdsa"]), ("rsa", &["-t", "rsa", "-b", "2048"])]
@@ -223,7 +206,7 @@ fn an_exportable_key_leaves_sealed_for_ssh_keygen_and_openssl() {
 
 #[test]
 fn certificates_are_offered_replaced_and_dropped_when_they_expire() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = start(&home);
     let dir = home.path("");
     let (ca, file) = (keygen(&dir, "ca", &["-t", "ed25519"]), imported(&home, "work", &["-t", "ed25519"], &[]));
@@ -261,7 +244,7 @@ fn certificates_are_offered_replaced_and_dropped_when_they_expire() {
 
 #[test]
 fn a_successor_has_the_name_and_the_conditions_and_the_old_key_retires() {
-    let home = home();
+    let home = Home::with_cheap_tries();
     let daemon = start(&home);
     let file = imported(&home, "work", &["-t", "ecdsa"], &["--allow", "sign,derive", "--exportable"]);
     let old = blob_of(&file);

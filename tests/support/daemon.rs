@@ -30,6 +30,33 @@ pub struct Home {
     door: Vec<String>,
 }
 
+/// The script of a device that opens locked.
+pub const LOCKED: &str = r#"
+serial = "L1"
+locked = true
+control = CONTROL
+[pin]
+value = "123456"
+tries = 5
+[[key]]
+slot = "k"
+type = "p256"
+seed = 4
+label = "locked"
+"#;
+
+/// That of one whose eight lanes take 50 ms each.
+pub const SLOW: &str = r#"
+lanes = 8
+control = CONTROL
+[[key]]
+slot = "k"
+type = "ed25519"
+[[rule]]
+on = "sign"
+do = { sleep_ms = 50 }
+"#;
+
 /// A daemon that lives as long as this value.
 pub struct Daemon<'a> {
     home: &'a Home,
@@ -51,6 +78,13 @@ impl Home {
             path("service")
         );
         Self { dir, notifications, config, environment: Vec::new(), door: vec!["/usr/bin/env".to_owned()] }
+    }
+
+    /// The same, in which a try at a passphrase costs as little as a store allows.
+    pub fn with_cheap_tries() -> Self {
+        let mut home = Self::new();
+        home.env("STRONGROOM_TEST_SLOT_MS", "1");
+        home
     }
 
     /// Adds lines to the end of the configuration.

@@ -8,6 +8,7 @@ pub mod agent;
 pub mod askpass;
 pub mod bad_module;
 pub mod c;
+pub mod cli;
 pub mod client;
 pub mod daemon;
 pub mod faults;
