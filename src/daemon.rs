@@ -7,19 +7,21 @@ mod cards;
 mod cards;
 mod devices;
 mod logind;
+mod reactor;
 mod server;
 mod sockets;
 
 use std::collections::BTreeSet;
 use std::future::pending;
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -128,7 +130,7 @@ pub fn serve_ssh_agent(
     // As quiet as ssh-agent, which without -d logs what went wrong and nothing else.
     let _log = Log::start(target, if foreground.debug { LevelFilter::DEBUG } else { LevelFilter::WARN });
     let store = Store::in_memory().map_err(io::Error::other)?;
-    let mut server = Server::new(options.into(), prompt::Settings::default(), store, Audit::off())?;
+    let server = Server::new(options.into(), prompt::Settings::default(), store, Audit::off())?;
     let (_door, door) = watch::channel(Arc::new(Door::ssh_agent()));
     let mut signals = {
         let _runtime = server.runtime().enter();
@@ -247,7 +249,7 @@ struct OpenDoor {
 impl Agent {
     fn start(config: Config, sockets: Vec<Socket>, log: Log, opened: Opened, audit: Audit) -> io::Result<Self> {
         let Opened { store, devices: known, keys, .. } = opened;
-        let mut server = Server::new((&config).into(), (&config.prompt).into(), store, audit)?;
+        let server = Server::new((&config).into(), (&config.prompt).into(), store, audit)?;
         server.vault().hold_stored(keys);
         let signals = {
             let _runtime = server.runtime().enter();
@@ -274,7 +276,8 @@ impl Agent {
         server.runtime().spawn(async move { vault.unlock_unattended().await });
         let logind = follow_logind(&server, &config);
         if let Some(every) = sd_notify::watchdog_enabled().filter(|every| !every.is_zero()) {
-            server.runtime().spawn(feed_watchdog(every / 2));
+            let pulse = server.pulse()?;
+            server.runtime().spawn(feed_watchdog(every / 2, pulse));
         }
         Ok(Self { cards, server, signals, doors, logind, config, log })
     }
@@ -457,12 +460,16 @@ impl Signals {
     }
 }
 
-/// From within the runtime, so that a runtime that stands still is noticed.
-async fn feed_watchdog(every: Duration) {
+/// From within the runtime and through the threads that serve connections, so that it is noticed when one of them stands
+/// still. Ends with an error, which systemd then notices.
+async fn feed_watchdog(every: Duration, pulse: UnixStream) -> io::Result<()> {
+    let mut pulse = tokio::net::UnixStream::from_std(pulse)?;
     let mut tick = interval(every);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
+        pulse.write_u8(0).await?;
+        pulse.read_u8().await?;
         tell_systemd(&[NotifyState::Watchdog]);
     }
 }

@@ -9,7 +9,6 @@ use std::{
 };
 
 use rustix::process::geteuid;
-use tokio::net::unix::UCred;
 use tracing::warn;
 
 use super::{
@@ -18,7 +17,7 @@ use super::{
 };
 use crate::{
     config::{DoorClient, DoorKind, Listen},
-    sys::peer,
+    sys::peer::{self, Credentials},
     vault::key::{Caller, Grants},
 };
 
@@ -65,14 +64,14 @@ impl Door {
     }
 
     /// The caller behind a new connection; `None` when the connection is to be closed without a word.
-    pub fn admit(&self, cred: UCred) -> Option<Caller> {
-        if !self.uids.contains(&cred.uid()) {
-            warn!(uid = cred.uid(), pid = cred.pid(), "refused a connection of a foreign uid");
+    pub fn admit(&self, Credentials { uid, pid }: Credentials) -> Option<Caller> {
+        if !self.uids.contains(&uid) {
+            warn!(uid, pid, "refused a connection of a foreign uid");
             return None;
         }
         static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
         let connection = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
-        let (uid, pid, door) = (cred.uid(), cred.pid(), self.kind.name());
+        let door = self.kind.name();
         let client = self.clients.iter().find(|client| client.uid == uid);
         let own = client.and_then(|client| client.keys.as_ref());
         let keys = own.map(|keys| keys.as_slice().into()).or_else(|| self.keys.clone());

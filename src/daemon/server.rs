@@ -1,7 +1,10 @@
-//! The runtime, the vault in it, and the connections that it accepts. Knows doors, but no signal and no configuration.
+//! The runtime, the vault in it, and the connections that are accepted. Knows doors, but no signal and no configuration.
 
 use std::io;
-use std::os::unix::net::UnixListener as StdListener;
+use std::os::{
+    fd::OwnedFd,
+    unix::net::{UnixListener, UnixStream},
+};
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
@@ -10,16 +13,17 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{self, Runtime};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::{AbortHandle, spawn_blocking};
+use tokio::task::{spawn_blocking, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
+use super::reactor::{Listener, Reactor, Registry};
 use crate::agent::{door::Door, session};
 use crate::prompt::{self, Prompter};
-use crate::sys::memory;
+use crate::sys::{memory, peer};
 use crate::vault::{self, Parts, Vault, audit::Audit, budget::Budget, store::Store};
 
 /// Threads for what blocks: arithmetic of the lock, files.
@@ -47,8 +51,10 @@ const END_DEVICES: Duration = Duration::from_secs(3);
 /// How long the end may wait for what cannot be interrupted.
 const END: Duration = Duration::from_secs(1);
 
-/// A vault and the runtime that serves it.
+/// A vault, the runtime that it works in, and the threads that serve its connections.
 pub(super) struct Server {
+    // Before the runtime, which drops in its end what was served.
+    reactor: Reactor,
     runtime: Runtime,
     vault: Arc<Vault>,
     /// A place for each connection that may be open.
@@ -58,9 +64,6 @@ pub(super) struct Server {
     /// How many of them each uid has that is neither ours nor root's.
     guests: Arc<Budget>,
     traffic: Arc<Traffic>,
-    accepting: Vec<AbortHandle>,
-    /// True when connections are to end.
-    ending: watch::Sender<bool>,
 }
 
 impl Server {
@@ -73,14 +76,14 @@ impl Server {
     ) -> io::Result<Self> {
         let descriptors = raise_descriptor_limit();
         let room = usize::try_from(descriptors.saturating_sub(RESERVED_DESCRIPTORS)).unwrap_or(usize::MAX);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
         let runtime = runtime::Builder::new_multi_thread()
-            .worker_threads(thread::available_parallelism().map_or(1, usize::from))
-            // Half of what it is by itself: sockets are looked at sooner, and the other thread gets its share of them.
-            .event_interval(31)
+            .worker_threads(cores)
             .max_blocking_threads(BLOCKING_THREADS)
             .thread_name("strongroom")
             .enable_all()
             .build()?;
+        let reactor = Reactor::start(cores, runtime.handle())?;
         let vault = {
             let _runtime = runtime.enter();
             let parts = Parts::new(Prompter::new(prompts), store);
@@ -96,8 +99,7 @@ impl Server {
         let places = room.clamp(8, MAX_CONNECTIONS);
         let room = Arc::new(Semaphore::new(places));
         let guests = Arc::new(Budget::new(places / GUESTS_PART));
-        let ending = watch::Sender::new(false);
-        Ok(Self { runtime, vault, room, places, guests, traffic, accepting: Vec::new(), ending })
+        Ok(Self { reactor, runtime, vault, room, places, guests, traffic })
     }
 
     pub(super) fn vault(&self) -> &Arc<Vault> {
@@ -109,14 +111,40 @@ impl Server {
     }
 
     /// Serves `listener` from now on. Each connection gets the door of its moment.
-    pub(super) fn listen(&mut self, listener: StdListener, door: watch::Receiver<Arc<Door>>) -> io::Result<()> {
+    pub(super) fn listen(&self, listener: UnixListener, door: watch::Receiver<Arc<Door>>) -> io::Result<()> {
         listener.set_nonblocking(true)?;
-        let _runtime = self.runtime.enter();
-        let listener = UnixListener::from_std(listener)?;
-        let (vault, guests) = (Arc::clone(&self.vault), Arc::clone(&self.guests));
-        let front = Front { door, vault, guests, traffic: Arc::clone(&self.traffic), ending: self.ending.subscribe() };
-        self.accepting.push(self.runtime.spawn(accept(listener, front, Arc::clone(&self.room))).abort_handle());
-        Ok(())
+        let (vault, guests, traffic) = (Arc::clone(&self.vault), Arc::clone(&self.guests), Arc::clone(&self.traffic));
+        let front = Front { door, vault, guests, traffic, registry: self.reactor.registry().clone() };
+        let room = Arc::clone(&self.room);
+        self.reactor.registry().listen(listener.into(), |listener, ending| async move {
+            tokio::select! {
+                biased;
+                () = ending => {}
+                () = accept(&listener, front, room) => {}
+            }
+        })
+    }
+
+    /// A stream whose other end gives every byte back, served like a connection: whoever hears nothing knows that nobody
+    /// is served.
+    pub(super) fn pulse(&self) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        self.reactor.registry().serve(theirs.into(), |mut socket, ending| async move {
+            let echo = async {
+                while let Ok(byte) = socket.read_u8().await {
+                    if socket.write_u8(byte).await.is_err() {
+                        return;
+                    }
+                }
+            };
+            tokio::select! {
+                biased;
+                () = ending => {}
+                () = echo => {}
+            }
+        })?;
+        ours.set_nonblocking(true)?;
+        Ok(ours)
     }
 
     /// Makes the first random number, which alone costs tens of milliseconds, before a request needs one; then, when the
@@ -136,15 +164,15 @@ impl Server {
     /// Refuses what is in flight, ends every connection, prompt and device. No secret is in memory when this returns,
     /// unless a thread was stuck with one.
     pub(super) fn end(self) {
-        for accepting in &self.accepting {
-            accepting.abort();
-        }
         self.runtime.block_on(async {
             self.vault.begin_end();
-            self.ending.send_replace(true);
+            self.reactor.end();
             // All places are free when all connections have ended. One whose peer does not read is cut off.
             let all = u32::try_from(self.places).unwrap_or(u32::MAX);
-            let _ = timeout(DRAIN, self.room.acquire_many(all)).await;
+            if timeout(DRAIN, self.room.acquire_many(all)).await.is_err() {
+                self.reactor.stop();
+                let _ = timeout(END, self.room.acquire_many(all)).await;
+            }
             self.wait_for_pins().await;
             if timeout(END_DEVICES, self.vault.end_devices()).await.is_err() {
                 warn!("a device does not end; its process is left to itself");
@@ -153,6 +181,7 @@ impl Server {
             self.vault.close_store().await;
         });
         self.vault.wipe();
+        drop(self.reactor);
         self.runtime.shutdown_timeout(END);
         // What a connection may have added while the others ended.
         self.vault.wipe();
@@ -182,7 +211,7 @@ struct Front {
     vault: Arc<Vault>,
     guests: Arc<Budget>,
     traffic: Arc<Traffic>,
-    ending: watch::Receiver<bool>,
+    registry: Registry,
 }
 
 /// A connection's place among those of its uid: who shares a vault with others must not have all its places.
@@ -251,18 +280,18 @@ fn release_code() {
     }
 }
 
-/// Accepts until it is aborted. A connection that finds no room waits in the socket's backlog.
-async fn accept(listener: UnixListener, front: Front, room: Arc<Semaphore>) {
+/// Accepts until it is dropped. A connection that finds no room waits in the socket's backlog.
+async fn accept(listener: &Listener, front: Front, room: Arc<Semaphore>) {
     let mut pause = FIRST_PAUSE;
     loop {
         let Ok(permit) = Arc::clone(&room).acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, _)) => {
+        match listener.accept().await.and_then(|connection| front.admit(connection, permit)) {
+            Ok(()) => {
                 pause = FIRST_PAUSE;
-                front.admit(stream, permit);
+                // A flood of connections must not keep the thread from those that it has.
+                yield_now().await;
             }
             Err(error) => {
-                drop(permit);
                 if pause == FIRST_PAUSE {
                     warn!("connections cannot be accepted and wait: {error}");
                 }
@@ -274,28 +303,27 @@ async fn accept(listener: UnixListener, front: Front, room: Arc<Semaphore>) {
 }
 
 impl Front {
-    /// Serves a connection, if its door lets it in.
-    fn admit(&self, stream: UnixStream, permit: OwnedSemaphorePermit) {
-        let peer = match stream.peer_cred() {
+    /// Serves a connection, if its door lets it in. An error: no connection can be served now.
+    fn admit(&self, connection: OwnedFd, permit: OwnedSemaphorePermit) -> io::Result<()> {
+        let peer = match peer::credentials(&connection) {
             Ok(peer) => peer,
             Err(error) => {
                 debug!("a connection without credentials is closed: {error}");
-                return;
+                return Ok(());
             }
         };
         let door = Arc::clone(&self.door.borrow());
-        let Some(caller) = door.admit(peer) else { return };
+        let Some(caller) = door.admit(peer) else { return Ok(()) };
         let Some(seat) = Seat::take(&self.guests, caller.uid) else {
             warn!(uid = caller.uid, pid = caller.pid, "closed a connection: its uid has too many");
-            return;
+            return Ok(());
         };
-        let (vault, mut ending) = (Arc::clone(&self.vault), self.ending.clone());
+        let vault = Arc::clone(&self.vault);
         let presence = Presence::new(&self.traffic);
-        tokio::spawn(async move {
-            let end = async move { drop(ending.wait_for(|ending| *ending).await) };
-            session::serve(stream, vault, door, caller, end).await;
+        self.registry.serve(connection, |socket, ending| async move {
+            session::serve(socket, vault, door, caller, ending).await;
             drop((seat, permit, presence));
-        });
+        })
     }
 }
 

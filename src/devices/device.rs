@@ -145,6 +145,9 @@ struct Queue {
     /// Why the device ends, once it does.
     ending: Option<DeviceError>,
     probe_now: bool,
+    /// Whether a lane has nothing to do, so that the worker wants to hear of the next job. Otherwise it looks by itself when a
+    /// lane comes free.
+    is_awaited: bool,
 }
 
 /// A call that waits for a lane, and who waits for its answer.
@@ -170,9 +173,9 @@ impl Shared {
     pub(super) fn next_job(&self, may: impl Fn(&Call) -> bool) -> Option<Job> {
         let mut queue = self.queue();
         let next = || queue.turns.pop_if(|job| job.reply.is_closed() || may(&job.call));
-        let job = std::iter::from_fn(next).find(|job| !job.reply.is_closed())?;
-        job.begun.store(true, Ordering::Relaxed);
-        Some(job)
+        let job = std::iter::from_fn(next).find(|job| !job.reply.is_closed());
+        queue.is_awaited = job.is_none();
+        job.inspect(|job| job.begun.store(true, Ordering::Relaxed))
     }
 
     /// A place in the full queue for an owner that has fewer than another: whoever fills it must not keep the others out.
@@ -525,16 +528,19 @@ impl Device {
         };
         let (reply, answer) = oneshot::channel();
         let id = shared.jobs.fetch_add(1, Ordering::Relaxed);
-        {
+        let is_awaited = {
             let mut queue = shared.queue();
             if let Some(refusal) = &queue.refusal {
                 return Err(refusal.clone());
             }
             let begun = Arc::clone(begun);
             queue.turns.push(owner, Job { id, call, reply, limit, begun, place });
-        }
+            std::mem::take(&mut queue.is_awaited)
+        };
         let _waiting = Waiting { shared, owner, id };
-        shared.wake.notify_one();
+        if is_awaited {
+            shared.wake.notify_one();
+        }
         // A worker that has gone without an answer died: its device may have done anything.
         answer.await.unwrap_or(Err(DeviceError::Restarted))
     }

@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod clock;
+pub mod ed25519;
 pub mod memory;
 pub mod peer;
 pub mod pkcs11;

@@ -76,7 +76,7 @@ pub fn nobody_listens(path: &Path) -> bool {
 pub fn is_left_over(path: &Path) -> bool {
     if let Ok(socket) = connected(path) {
         let is_gone = |pid| fs::read_link(format!("/proc/{pid}/exe")).is_err_and(|e| e.kind() == ErrorKind::NotFound);
-        if peer::process(&socket).is_some_and(is_gone) {
+        if peer::credentials(&socket).is_ok_and(|peer| peer.pid.is_some_and(is_gone)) {
             // Nobody accepts the connection; it ends with the last who could.
             let _ = poll(&mut [PollFd::new(&socket, PollFlags::empty())], Some(&AFTERLIFE));
         }

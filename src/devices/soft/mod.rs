@@ -13,7 +13,7 @@ use std::{
 
 use aws_lc_rs::{
     agreement::{self, UnparsedPublicKey, agree},
-    signature::{self as lc, EcdsaKeyPair, Ed25519KeyPair, KeyPair},
+    signature::{self as lc, EcdsaKeyPair, KeyPair},
 };
 use fips204::{
     ml_dsa_44,
@@ -26,7 +26,10 @@ use super::{
 };
 use crate::{
     public_key::{Curve, KeyType, MLDSA44_ED25519_LABEL, PublicKey, mldsa44_ed25519_message},
-    sys::rsa::{RsaIntegers, RsaKey},
+    sys::{
+        ed25519::Ed25519Key,
+        rsa::{RsaIntegers, RsaKey},
+    },
 };
 use ed25519::ExpandedKey;
 
@@ -97,13 +100,13 @@ enum State {
     Sealed(Box<[u8]>),
 }
 
-/// Parsed once, when the key is added. The seeds stay beside what aws-lc makes of them, since aws-lc-rs gives them
+/// Parsed once, when the key is added. The private values stay beside what aws-lc makes of them, since aws-lc-rs gives them
 /// back only in buffers that it does not wipe. They are boxed: a value that moves leaves copies on the stack.
 enum Signer {
-    Ed25519 { pair: Ed25519KeyPair, seed: Zeroizing<Box<[u8]>> },
+    Ed25519(Ed25519Key),
     Ecdsa { curve: Curve, pair: EcdsaKeyPair, scalar: Zeroizing<Box<[u8]>> },
     Rsa(RsaKey),
-    MlDsa44Ed25519 { mldsa: Box<ml_dsa_44::PrivateKey>, ed25519: Ed25519KeyPair, seeds: Zeroizing<Box<[u8]>> },
+    MlDsa44Ed25519 { mldsa: Box<ml_dsa_44::PrivateKey>, ed25519: Ed25519Key, seeds: Zeroizing<Box<[u8]>> },
     Ed25519Expanded(Box<ExpandedKey>),
     X25519 { key: agreement::PrivateKey, scalar: Zeroizing<Box<[u8]>> },
 }
@@ -267,11 +270,8 @@ impl SoftKey {
 
 impl Signer {
     fn ed25519(seed: &[u8], public: &[u8]) -> Result<Self, DeviceError> {
-        if seed.len() != 32 {
-            return Err(MISMATCH);
-        }
-        let pair = Ed25519KeyPair::from_seed_and_public_key(seed, public).map_err(|_| MISMATCH)?;
-        Ok(Self::Ed25519 { pair, seed: Zeroizing::new(seed.into()) })
+        let key = Ed25519Key::from_seed(seed).filter(|key| key.public() == public).ok_or(MISMATCH)?;
+        Ok(Self::Ed25519(key))
     }
 
     fn ecdsa(curve: Curve, scalar: &[u8], point: &[u8]) -> Result<Self, DeviceError> {
@@ -290,12 +290,9 @@ impl Signer {
     /// The signer, and the public key that the seeds make.
     fn mldsa44_ed25519(seeds: &[u8]) -> Result<(Self, Vec<u8>), DeviceError> {
         let (ml_seed, ed_seed) = seeds.split_first_chunk::<32>().ok_or(MISMATCH)?;
-        if ed_seed.len() != 32 {
-            return Err(MISMATCH);
-        }
+        let ed25519 = Ed25519Key::from_seed(ed_seed).ok_or(MISMATCH)?;
         let (ml_public, mldsa) = ml_dsa_44::KG::keygen_from_seed(ml_seed);
-        let ed25519 = Ed25519KeyPair::from_seed_unchecked(ed_seed).map_err(|_| MISMATCH)?;
-        let public = [&ml_public.into_bytes()[..], ed25519.public_key().as_ref()].concat();
+        let public = [&ml_public.into_bytes()[..], ed25519.public()].concat();
         Ok((Self::MlDsa44Ed25519 { mldsa: Box::new(mldsa), ed25519, seeds: Zeroizing::new(seeds.into()) }, public))
     }
 
@@ -310,7 +307,7 @@ impl Signer {
         match self {
             Self::Ed25519Expanded(_) => KeyType::Ed25519Expanded,
             Self::X25519 { .. } => KeyType::X25519,
-            Self::Ed25519 { .. } => KeyType::Ed25519,
+            Self::Ed25519(_) => KeyType::Ed25519,
             Self::Ecdsa { curve, .. } => KeyType::Ecdsa(*curve),
             Self::Rsa(_) => KeyType::Rsa,
             Self::MlDsa44Ed25519 { .. } => KeyType::MlDsa44Ed25519,
@@ -319,23 +316,23 @@ impl Signer {
 
     fn sign(&self, scheme: Scheme, input: &Input<'_>) -> Result<Signature, DeviceError> {
         let bytes = match (self, scheme) {
-            (Self::Ed25519 { pair, .. }, Scheme::Ed25519) => {
-                pair.try_sign(input.message().ok_or(WANTS_MESSAGE)?).map_err(|_| failed())?.as_ref().to_vec()
+            (Self::Ed25519(key), Scheme::Ed25519) => {
+                key.sign(input.message().ok_or(WANTS_MESSAGE)?).ok_or_else(failed)?.to_vec()
             }
-            (Self::Ed25519 { seed, .. }, Scheme::Ed25519BlindedTor) => {
-                sign_blinded(&ExpandedKey::from_seed(seed).ok_or_else(failed)?, input)?
+            (Self::Ed25519(key), Scheme::Ed25519BlindedTor) => {
+                sign_blinded(&ExpandedKey::from_seed(key.seed()).ok_or_else(failed)?, input)?
             }
             (Self::Ed25519Expanded(key), Scheme::Ed25519) => key.sign(input.message().ok_or(WANTS_MESSAGE)?).to_vec(),
             (Self::Ed25519Expanded(key), Scheme::Ed25519BlindedTor) => sign_blinded(key, input)?,
             (Self::Ecdsa { curve, pair, .. }, Scheme::Ecdsa(hash)) => {
                 let digest = input.ecdsa_digest(hash, *curve).ok_or(WRONG_DIGEST)?;
-                pair.sign_digest(&digest).map_err(|_| failed())?.as_ref().to_vec()
+                pair.sign_digest(&digest).as_ref().map_err(|_| failed())?.as_ref().to_vec()
             }
             (Self::Rsa(key), _) => sign_rsa(key, scheme, input)?,
             (Self::MlDsa44Ed25519 { mldsa, ed25519, .. }, Scheme::MlDsa44Ed25519) => {
                 let message = mldsa44_ed25519_message(input.message().ok_or(WANTS_MESSAGE)?);
                 let mut both = mldsa.try_sign(&message, MLDSA44_ED25519_LABEL).map_err(|_| failed())?.to_vec();
-                both.extend_from_slice(ed25519.try_sign(&message).map_err(|_| failed())?.as_ref());
+                both.extend_from_slice(&ed25519.sign(&message).ok_or_else(failed)?);
                 both
             }
             _ => return Err(WRONG_SCHEME),
@@ -387,7 +384,7 @@ impl Signer {
 
     fn private_half(&self) -> Result<PrivateHalf, DeviceError> {
         let parts = match self {
-            Self::Ed25519 { pair, seed } => SoftParts::Ed25519 { seed, public: pair.public_key().as_ref() },
+            Self::Ed25519(key) => SoftParts::Ed25519 { seed: key.seed(), public: key.public() },
             Self::Ecdsa { curve, pair, scalar } => {
                 SoftParts::Ecdsa { curve: *curve, scalar, point: pair.public_key().as_ref() }
             }
@@ -410,7 +407,7 @@ impl Signer {
 
     fn public_blob(&self) -> Result<Vec<u8>, DeviceError> {
         Ok(match self {
-            Self::Ed25519 { pair, .. } => PublicKey::Ed25519(pair.public_key().as_ref()).to_blob(),
+            Self::Ed25519(key) => PublicKey::Ed25519(key.public()).to_blob(),
             Self::Ed25519Expanded(key) => PublicKey::Ed25519(key.public()).to_blob(),
             Self::Ecdsa { curve, pair, .. } => PublicKey::Ecdsa(*curve, pair.public_key().as_ref()).to_blob(),
             Self::Rsa(key) => key
@@ -431,7 +428,7 @@ impl Signer {
     /// The private values, from which [`Signer::from_secret`] makes the signer again.
     fn secret(&self) -> Result<Zeroizing<Vec<u8>>, DeviceError> {
         Ok(match self {
-            Self::Ed25519 { seed, .. } => Zeroizing::new(seed.to_vec()),
+            Self::Ed25519(key) => Zeroizing::new(key.seed().to_vec()),
             // The scalar, then the point.
             Self::Ecdsa { pair, scalar, .. } => {
                 let point = pair.public_key().as_ref();
@@ -451,10 +448,7 @@ impl Signer {
 
     fn from_secret(key_type: KeyType, secret: &[u8]) -> Result<Self, DeviceError> {
         match key_type {
-            KeyType::Ed25519 => {
-                let pair = Ed25519KeyPair::from_seed_unchecked(secret).map_err(|_| MISMATCH)?;
-                Ok(Self::Ed25519 { pair, seed: Zeroizing::new(secret.into()) })
-            }
+            KeyType::Ed25519 => Ok(Self::Ed25519(Ed25519Key::from_seed(secret).ok_or(MISMATCH)?)),
             KeyType::Ecdsa(curve) => {
                 let (scalar, point) = secret.split_at_checked(curve.scalar_len()).ok_or(MISMATCH)?;
                 Self::ecdsa(curve, scalar, point)
@@ -509,8 +503,8 @@ mod tests {
     fn composite() -> (SoftKey, Vec<u8>) {
         let seeds = [[3; 32], [4; 32]].concat();
         let (ml_public, _) = ml_dsa_44::KG::keygen_from_seed(&[3; 32]);
-        let ed25519 = Ed25519KeyPair::from_seed_unchecked(&[4; 32]).unwrap();
-        let (mldsa, ed25519) = (ml_public.into_bytes(), ed25519.public_key().as_ref().to_vec());
+        let ed25519 = Ed25519Key::from_seed(&[4; 32]).unwrap();
+        let (mldsa, ed25519) = (ml_public.into_bytes(), ed25519.public().to_vec());
         let parts = SoftParts::MlDsa44Ed25519 { seeds: &seeds, public: (&mldsa, &ed25519) };
         (SoftKey::new(&parts).unwrap(), PublicKey::MlDsa44Ed25519(&mldsa, &ed25519).to_blob())
     }
@@ -550,12 +544,12 @@ mod tests {
     #[test]
     fn a_key_that_leaves_is_the_same_elsewhere() {
         let x25519 = agreement::PrivateKey::from_private_key(&agreement::X25519, &[9; 32]).unwrap();
-        let ed25519 = Ed25519KeyPair::from_seed_unchecked(&[9; 32]).unwrap();
+        let ed25519 = Ed25519Key::from_seed(&[9; 32]).unwrap();
         let scalar = [&[0; 4][..], &[9; 28]].concat();
         let p256 = agreement::PrivateKey::from_private_key(&agreement::ECDH_P256, &scalar).unwrap();
         let (x25519, p256) = (x25519.compute_public_key().unwrap(), p256.compute_public_key().unwrap());
         for parts in [
-            SoftParts::Ed25519 { seed: &[9; 32], public: ed25519.public_key().as_ref() },
+            SoftParts::Ed25519 { seed: &[9; 32], public: ed25519.public() },
             SoftParts::X25519 { secret: &[9; 32], public: x25519.as_ref() },
             SoftParts::Ecdsa { curve: Curve::P256, scalar: &scalar, point: p256.as_ref() },
         ] {

@@ -46,6 +46,7 @@ pub(super) struct Record {
     pub(super) operation: &'static str,
     pub(super) scheme: Option<&'static str>,
     pub(super) purpose: Option<Purpose>,
+    /// Borrowed: a word of ours. Owned: a name that somebody chose.
     pub(super) device: Option<Cow<'static, str>>,
     /// `ok`, or the code of the reason.
     pub(super) outcome: &'static str,
@@ -156,8 +157,11 @@ impl Formatter {
         if let Some(purpose) = &record.purpose {
             put_purpose(out, purpose);
         }
-        if let Some(device) = &record.device {
-            put_text(out, "device", device.as_bytes(), MAX_TEXT);
+        match &record.device {
+            // One of ours, as of all keys in memory.
+            Some(Cow::Borrowed(device)) => put_plain(out, "device", Some(device)),
+            Some(Cow::Owned(device)) => put_text(out, "device", device.as_bytes(), MAX_TEXT),
+            None => {}
         }
         put_plain(out, "outcome", Some(record.outcome));
         let latency = record.latency.map(|latency| u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));

@@ -1,0 +1,329 @@
+//! The threads that wait for sockets, one for each core: whoever is free takes the next socket that has something to read,
+//! and polls what serves it right there. Knows futures and sockets; no agent.
+//!
+//! All threads wait in one edge-triggered epoll set (epoll(7)), so that connections need not be dealt out, and none waits
+//! while a core has nothing to do. A tokio runtime would have one thread wait for all sockets and hand them to the
+//! others, which costs a tenth of the signatures that can be made (docs/performance.md). What a connection waits for
+//! besides its socket is tokio's: a waker has the runtime poll it.
+
+mod socket;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    future::Future,
+    io,
+    os::fd::OwnedFd,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+        mpsc,
+    },
+    task::{Context, Poll, Wake, Waker},
+    thread,
+    time::Duration,
+};
+
+use rustix::{
+    buffer::spare_capacity,
+    event::{
+        EventfdFlags, Timespec,
+        epoll::{self, CreateFlags, Event, EventData, EventFlags},
+        eventfd,
+    },
+    io::Errno,
+};
+use tokio::{runtime::Handle, task::yield_now};
+use tracing::error;
+
+use socket::Ready;
+pub(super) use socket::{Listener, Socket};
+
+/// Sockets that a thread takes at once. The second waits for the first, even while another thread has nothing to do; with
+/// one, a tenth of all system calls would be made for this.
+const EVENTS: usize = 2;
+/// Where the bell hangs among the sockets.
+const BELL: u64 = u64::MAX;
+
+/// A task that somebody wants to be polled…
+const WANTED: u8 = 1;
+/// …and one that a thread is polling, or that is over.
+const RUNNING: u8 = 2;
+
+/// The stages of a reactor, in their order: it serves;
+const SERVING: u8 = 0;
+/// every [`Ending`] is ready;
+const ENDING: u8 = 1;
+/// what it serves is dropped, and its threads end.
+const OVER: u8 = 2;
+
+/// How long threads may take to end.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The threads, which end with it. To be dropped before the runtime, which drops some of what was served.
+pub(super) struct Reactor {
+    registry: Registry,
+    /// Sends nothing; it is closed when the last thread has ended.
+    threads: mpsc::Receiver<()>,
+}
+
+/// Takes sockets that are to be served.
+#[derive(Clone)]
+pub(super) struct Registry(Arc<Shared>);
+
+struct Shared {
+    /// All sockets, and the bell.
+    set: OwnedFd,
+    /// Wakes all threads in the end.
+    bell: OwnedFd,
+    tasks: Mutex<HashMap<u64, Arc<Task>>>,
+    next: AtomicU64,
+    stage: AtomicU8,
+    runtime: Handle,
+}
+
+/// Ready from when the reactor begins to end.
+pub(super) struct Ending(Arc<Shared>);
+
+impl Future for Ending {
+    type Output = ();
+
+    /// Needs no waker: all tasks are polled then.
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
+        if self.0.stage() >= ENDING { Poll::Ready(()) } else { Poll::Pending }
+    }
+}
+
+impl Reactor {
+    /// Starts so many threads. What they poll may use `runtime`.
+    pub(super) fn start(threads: usize, runtime: &Handle) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            set: epoll::create(CreateFlags::CLOEXEC)?,
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            tasks: Mutex::default(),
+            next: AtomicU64::new(0),
+            stage: AtomicU8::new(SERVING),
+            runtime: runtime.clone(),
+        });
+        epoll::add(&shared.set, &shared.bell, EventData::new_u64(BELL), EventFlags::IN)?;
+        let (lives, ended) = mpsc::channel();
+        // If one thread cannot be started, dropping this ends the others.
+        let reactor = Self { registry: Registry(Arc::clone(&shared)), threads: ended };
+        for _ in 0..threads {
+            let (shared, lives) = (Arc::clone(&shared), lives.clone());
+            thread::Builder::new().name("sockets".to_owned()).spawn(move || {
+                shared.work();
+                drop(lives);
+            })?;
+        }
+        Ok(reactor)
+    }
+
+    pub(super) fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// From now on every [`Ending`] is ready.
+    pub(super) fn end(&self) {
+        self.registry.0.enter(ENDING);
+    }
+
+    /// From now on what is served is dropped instead of polled, all of it soon, and threads end.
+    pub(super) fn stop(&self) {
+        let shared = &self.registry.0;
+        shared.enter(OVER);
+        // It cannot be full: this is all that is ever written.
+        let _ = rustix::io::write(&shared.bell, &1u64.to_ne_bytes());
+    }
+}
+
+impl Drop for Reactor {
+    /// Waits for the threads, unless one is stuck.
+    fn drop(&mut self) {
+        self.stop();
+        let _ = self.threads.recv_timeout(PATIENCE);
+    }
+}
+
+impl Registry {
+    /// Serves a listening socket, which does not block, with the future that `work` makes.
+    pub(super) fn listen<F>(&self, socket: OwnedFd, work: impl FnOnce(Listener, Ending) -> F) -> io::Result<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.add(socket, |socket, ready, ending| work(Listener::new(socket, ready), ending))
+    }
+
+    /// Serves a connection with the future that `work` makes. It is polled whenever there is something to read, and its
+    /// panic is the end of this connection only.
+    pub(super) fn serve<F>(&self, socket: OwnedFd, work: impl FnOnce(Socket, Ending) -> F) -> io::Result<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.add(socket, |socket, ready, ending| work(Socket::new(socket, ready), ending))
+    }
+
+    fn add<F>(&self, socket: OwnedFd, work: impl FnOnce(Arc<OwnedFd>, Arc<Ready>, Ending) -> F) -> io::Result<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let shared = &self.0;
+        let id = shared.next.fetch_add(1, Ordering::Relaxed);
+        let (socket, ready) = (Arc::new(socket), Arc::new(Ready::new(id, Arc::clone(shared))));
+        let work: Work = Box::pin(work(Arc::clone(&socket), Arc::clone(&ready), Ending(Arc::clone(shared))));
+        let task = Arc::new(Task { state: AtomicU8::new(0), ready, work: Mutex::new(Some(work)) });
+        // Before the set knows it: a thread may see it at once.
+        shared.tasks().insert(id, Arc::clone(&task));
+        if let Err(error) = epoll::add(&shared.set, &socket, EventData::new_u64(id), socket::TOLD) {
+            shared.tasks().remove(&id);
+            return Err(error.into());
+        }
+        // One that came too late to be among those that `end` had polled.
+        if shared.stage() >= ENDING {
+            task.wake();
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn tasks(&self) -> MutexGuard<'_, HashMap<u64, Arc<Task>>> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stage(&self) -> u8 {
+        self.stage.load(Ordering::Acquire)
+    }
+
+    /// Tells every task of a stage.
+    fn enter(&self, stage: u8) {
+        self.stage.fetch_max(stage, Ordering::AcqRel);
+        let tasks: Vec<_> = self.tasks().values().cloned().collect();
+        tasks.into_iter().for_each(Wake::wake);
+    }
+
+    /// Polls whose socket is ready, until the reactor is over.
+    fn work(&self) {
+        let mut wanted = VecDeque::new();
+        self.serve(&mut wanted);
+        // They are dropped now, unless another does it.
+        for task in wanted.into_iter().filter(|task| task.begin()) {
+            task.run();
+        }
+    }
+
+    fn serve(&self, wanted: &mut VecDeque<Arc<Task>>) {
+        let _runtime = self.runtime.enter();
+        let mut events = Vec::with_capacity(EVENTS);
+        while self.stage() < OVER {
+            events.clear();
+            // Who has had a turn and wants another comes behind those who have had none.
+            let no_time = (!wanted.is_empty()).then(Timespec::default);
+            match epoll::wait(&self.set, spare_capacity(&mut events), no_time.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return error!("sockets cannot be waited for: {error}"),
+            }
+            self.note(&events, wanted);
+            for _ in 0..wanted.len() {
+                let Some(task) = wanted.pop_front() else { break };
+                if task.begin() && task.run() == After::Again {
+                    wanted.push_back(task);
+                }
+            }
+        }
+    }
+
+    /// Tells tasks what their sockets are ready for, and finds those that nobody is polling.
+    fn note(&self, events: &[Event], wanted: &mut VecDeque<Arc<Task>>) {
+        let tasks = self.tasks();
+        for event in events {
+            // The bell, or one that ended meanwhile.
+            let Some(task) = tasks.get(&event.data.u64()) else { continue };
+            task.ready.note(event.flags);
+            if task.state.fetch_or(WANTED, Ordering::AcqRel) & RUNNING == 0 {
+                wanted.push_back(Arc::clone(task));
+            }
+        }
+    }
+}
+
+type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What serves a socket.
+struct Task {
+    /// [`WANTED`] and [`RUNNING`], or neither: then it waits.
+    state: AtomicU8,
+    ready: Arc<Ready>,
+    /// `None` when it is over. Only who is running it has it locked.
+    work: Mutex<Option<Work>>,
+}
+
+/// What is to become of a task that has had its turn.
+#[derive(PartialEq, Eq)]
+enum After {
+    /// It waits, or is over.
+    Nothing,
+    /// It wants another.
+    Again,
+}
+
+impl Task {
+    /// Whether it is wanted and nobody is running it. Then the caller does.
+    fn begin(&self) -> bool {
+        self.state.compare_exchange(WANTED, RUNNING, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Polls it once.
+    fn run(self: &Arc<Self>) -> After {
+        if self.is_over() {
+            // It stays running, so that nobody begins it again.
+            self.ready.shared().tasks().remove(&self.ready.id());
+            return After::Nothing;
+        }
+        match self.state.compare_exchange(RUNNING, 0, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => After::Nothing,
+            // It was wanted meanwhile.
+            Err(_) => {
+                // Acquires, too: whoever wanted it has told the socket of something before.
+                self.state.swap(WANTED, Ordering::AcqRel);
+                After::Again
+            }
+        }
+    }
+
+    /// Polls its future, and drops it when that was the last time. The panic hook tells of a panic.
+    fn is_over(self: &Arc<Self>) -> bool {
+        let waker = Waker::from(Arc::clone(self));
+        let stopped = self.ready.shared().stage() >= OVER;
+        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+        let polled = catch_unwind(AssertUnwindSafe(|| {
+            let mut cx = Context::from_waker(&waker);
+            stopped || work.as_mut().is_none_or(|future| future.as_mut().poll(&mut cx).is_ready())
+        }));
+        let is_over = polled.unwrap_or(true);
+        if is_over {
+            let work = work.take();
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(work)));
+        }
+        is_over
+    }
+}
+
+impl Wake for Task {
+    /// Whoever completes what a task waits for has other things to do: the runtime polls it.
+    fn wake(self: Arc<Self>) {
+        if self.state.fetch_or(WANTED, Ordering::AcqRel) != 0 {
+            return;
+        }
+        let task = Arc::clone(&self);
+        self.ready.shared().runtime.spawn(async move {
+            while task.begin() && task.run() == After::Again {
+                yield_now().await;
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;
