@@ -4,7 +4,8 @@
 //! All threads wait in one edge-triggered epoll set (epoll(7)), so that connections need not be dealt out, and none waits
 //! while a core has nothing to do. A tokio runtime would have one thread wait for all sockets and hand them to the
 //! others, which costs a tenth of the signatures that can be made (docs/performance.md). What a connection waits for
-//! besides its socket is tokio's: a waker has the runtime poll it.
+//! besides its socket is tokio's, whose threads have other things to do than to poll it: a waker puts it into a queue and
+//! rings a bell in the set.
 
 mod socket;
 
@@ -34,7 +35,7 @@ use rustix::{
     },
     io::Errno,
 };
-use tokio::{runtime::Handle, task::yield_now};
+use tokio::runtime::Handle;
 use tracing::error;
 
 use socket::Ready;
@@ -43,7 +44,7 @@ pub(super) use socket::{Listener, Socket};
 /// Sockets that a thread takes at once. The second waits for the first, even while another thread has nothing to do; with
 /// one, a tenth of all system calls would be made for this.
 const EVENTS: usize = 2;
-/// Where the bell hangs among the sockets.
+/// What the set calls the bell.
 const BELL: u64 = u64::MAX;
 
 /// A task that somebody wants to be polled…
@@ -61,7 +62,7 @@ const OVER: u8 = 2;
 /// How long threads may take to end.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The threads, which end with it. To be dropped before the runtime, which drops some of what was served.
+/// The threads, which end with it. To be dropped before the runtime.
 pub(super) struct Reactor {
     registry: Registry,
     /// Sends nothing; it is closed when the last thread has ended.
@@ -75,8 +76,10 @@ pub(super) struct Registry(Arc<Shared>);
 struct Shared {
     /// All sockets, and the bell.
     set: OwnedFd,
-    /// Wakes all threads in the end.
+    /// Rings when somebody is in `woken`, and in the end.
     bell: OwnedFd,
+    /// Tasks that are wanted for another reason than their sockets: each once.
+    woken: Mutex<VecDeque<Arc<Task>>>,
     tasks: Mutex<HashMap<u64, Arc<Task>>>,
     next: AtomicU64,
     stage: AtomicU8,
@@ -101,12 +104,13 @@ impl Reactor {
         let shared = Arc::new(Shared {
             set: epoll::create(CreateFlags::CLOEXEC)?,
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            woken: Mutex::default(),
             tasks: Mutex::default(),
             next: AtomicU64::new(0),
             stage: AtomicU8::new(SERVING),
             runtime: runtime.clone(),
         });
-        epoll::add(&shared.set, &shared.bell, EventData::new_u64(BELL), EventFlags::IN)?;
+        epoll::add(&shared.set, &shared.bell, EventData::new_u64(BELL), EventFlags::IN | EventFlags::ET)?;
         let (lives, ended) = mpsc::channel();
         // If one thread cannot be started, dropping this ends the others.
         let reactor = Self { registry: Registry(Arc::clone(&shared)), threads: ended };
@@ -133,8 +137,10 @@ impl Reactor {
     pub(super) fn stop(&self) {
         let shared = &self.registry.0;
         shared.enter(OVER);
-        // It cannot be full: this is all that is ever written.
-        let _ = rustix::io::write(&shared.bell, &1u64.to_ne_bytes());
+        shared.ring();
+        // Whose waking no thread heard any more.
+        let _runtime = shared.runtime.enter();
+        shared.drop_all(std::mem::take(&mut *shared.woken()));
     }
 }
 
@@ -192,6 +198,16 @@ impl Shared {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn woken(&self) -> MutexGuard<'_, VecDeque<Arc<Task>>> {
+        self.woken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes a thread that sleeps, or has the next one that would sleep look.
+    fn ring(&self) {
+        // It counts how often: no machine gets so far that there is no room.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
     fn stage(&self) -> u8 {
         self.stage.load(Ordering::Acquire)
     }
@@ -205,16 +221,22 @@ impl Shared {
 
     /// Polls whose socket is ready, until the reactor is over.
     fn work(&self) {
+        let _runtime = self.runtime.enter();
         let mut wanted = VecDeque::new();
         self.serve(&mut wanted);
-        // They are dropped now, unless another does it.
+        // The next thread.
+        self.ring();
+        self.drop_all(wanted);
+    }
+
+    /// Drops what is wanted, unless another does it. For when the reactor is over.
+    fn drop_all(&self, wanted: VecDeque<Arc<Task>>) {
         for task in wanted.into_iter().filter(|task| task.begin()) {
             task.run();
         }
     }
 
     fn serve(&self, wanted: &mut VecDeque<Arc<Task>>) {
-        let _runtime = self.runtime.enter();
         let mut events = Vec::with_capacity(EVENTS);
         while self.stage() < OVER {
             events.clear();
@@ -236,14 +258,30 @@ impl Shared {
 
     /// Tells tasks what their sockets are ready for, and finds those that nobody is polling.
     fn note(&self, events: &[Event], wanted: &mut VecDeque<Arc<Task>>) {
-        let tasks = self.tasks();
         for event in events {
-            // The bell, or one that ended meanwhile.
-            let Some(task) = tasks.get(&event.data.u64()) else { continue };
+            let id = event.data.u64();
+            if id == BELL {
+                self.take_woken(wanted);
+                continue;
+            }
+            // One that ended meanwhile is not there any more.
+            let Some(task) = self.tasks().get(&id).cloned() else { continue };
             task.ready.note(event.flags);
             if task.state.fetch_or(WANTED, Ordering::AcqRel) & RUNNING == 0 {
-                wanted.push_back(Arc::clone(task));
+                wanted.push_back(task);
             }
+        }
+    }
+
+    /// Takes one task that was woken. The others are for whoever is free before this thread.
+    fn take_woken(&self, wanted: &mut VecDeque<Arc<Task>>) {
+        let (task, more) = {
+            let mut woken = self.woken();
+            (woken.pop_front(), !woken.is_empty())
+        };
+        wanted.extend(task);
+        if more {
+            self.ring();
         }
     }
 }
@@ -311,17 +349,12 @@ impl Task {
 }
 
 impl Wake for Task {
-    /// Whoever completes what a task waits for has other things to do: the runtime polls it.
     fn wake(self: Arc<Self>) {
-        if self.state.fetch_or(WANTED, Ordering::AcqRel) != 0 {
-            return;
+        if self.state.fetch_or(WANTED, Ordering::AcqRel) == 0 {
+            let shared = Arc::clone(self.ready.shared());
+            shared.woken().push_back(self);
+            shared.ring();
         }
-        let task = Arc::clone(&self);
-        self.ready.shared().runtime.spawn(async move {
-            while task.begin() && task.run() == After::Again {
-                yield_now().await;
-            }
-        });
     }
 }
 

@@ -16,7 +16,7 @@ use super::{DeviceError, turns::Turns};
 
 /// Steps of niceness. Measured: enough for quick signatures to keep their rate beside a flood of RSA-4096, while
 /// SCHED_IDLE would leave RSA nothing on a busy machine.
-const NICE: i32 = 10;
+const NICE: i32 = 9;
 
 /// While more jobs than this wait, those who wait for brief ones are told of them in groups: waking a thread for each would
 /// take a fifth of RSA-2048's rate.

@@ -10,7 +10,8 @@ use std::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     runtime::{Builder, Runtime},
-    sync::oneshot,
+    sync::{oneshot, watch},
+    task::yield_now,
 };
 
 use super::*;
@@ -182,6 +183,36 @@ fn what_is_waited_for_besides_the_socket_wakes_a_connection() {
     tell.send(7).unwrap();
     hears(&mut stream, &[7]);
     says(&mut stream, b"and goes on");
+}
+
+#[test]
+fn all_that_are_woken_at_once_go_on() {
+    let room = room(2);
+    let (tell, told) = watch::channel(0);
+    let mut streams: Vec<_> = (0..50)
+        .map(|_| {
+            let mut told = told.clone();
+            room.serve(|mut socket, _| async move {
+                // Begins to wait when it is first polled.
+                socket.read_u8().await.unwrap();
+                socket.write_u8(0).await.unwrap();
+                while told.changed().await.is_ok() {
+                    let byte = *told.borrow_and_update();
+                    socket.write_u8(byte).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for stream in &mut streams {
+        stream.write_all(b"a").unwrap();
+        hears(stream, &[0]);
+    }
+    for byte in 1..100 {
+        tell.send(byte).unwrap();
+        streams.iter_mut().for_each(|stream| hears(stream, &[byte]));
+    }
+    drop(tell);
+    streams.iter_mut().for_each(is_hung_up_on);
 }
 
 #[test]
