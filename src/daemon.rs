@@ -460,8 +460,8 @@ impl Signals {
     }
 }
 
-/// From within the runtime and through the threads that serve connections, so that it is noticed when one of them stands
-/// still. Ends with an error, which systemd then notices.
+/// From within the runtime and through the threads that serve connections, so that it is noticed when the runtime or all of
+/// these stand still. Ends with an error, which systemd then notices.
 async fn feed_watchdog(every: Duration, pulse: UnixStream) -> io::Result<()> {
     let mut pulse = tokio::net::UnixStream::from_std(pulse)?;
     let mut tick = interval(every);

@@ -12,13 +12,13 @@ mod socket;
 use std::{
     collections::{HashMap, VecDeque},
     future::Future,
-    io,
+    io, iter, mem,
     os::fd::OwnedFd,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering},
         mpsc,
     },
     task::{Context, Poll, Wake, Waker},
@@ -78,8 +78,10 @@ struct Shared {
     set: OwnedFd,
     /// Rings when somebody is in `woken`, and in the end.
     bell: OwnedFd,
-    /// Tasks that are wanted for another reason than their sockets: each once.
+    /// Tasks that are wanted for another reason than their sockets…
     woken: Mutex<VecDeque<Arc<Task>>>,
+    /// …and how many they are.
+    woken_count: AtomicUsize,
     tasks: Mutex<HashMap<u64, Arc<Task>>>,
     next: AtomicU64,
     stage: AtomicU8,
@@ -105,6 +107,7 @@ impl Reactor {
             set: epoll::create(CreateFlags::CLOEXEC)?,
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             woken: Mutex::default(),
+            woken_count: AtomicUsize::new(0),
             tasks: Mutex::default(),
             next: AtomicU64::new(0),
             stage: AtomicU8::new(SERVING),
@@ -114,8 +117,8 @@ impl Reactor {
         let (lives, ended) = mpsc::channel();
         // If one thread cannot be started, dropping this ends the others.
         let reactor = Self { registry: Registry(Arc::clone(&shared)), threads: ended };
-        for _ in 0..threads {
-            let (shared, lives) = (Arc::clone(&shared), lives.clone());
+        for lives in iter::repeat_n(lives, threads) {
+            let shared = Arc::clone(&shared);
             thread::Builder::new().name("sockets".to_owned()).spawn(move || {
                 shared.work();
                 drop(lives);
@@ -130,17 +133,18 @@ impl Reactor {
 
     /// From now on every [`Ending`] is ready.
     pub(super) fn end(&self) {
-        self.registry.0.enter(ENDING);
+        let shared = &self.registry.0;
+        shared.stage.fetch_max(ENDING, Ordering::AcqRel);
+        shared.all().into_iter().for_each(Wake::wake);
     }
 
-    /// From now on what is served is dropped instead of polled, all of it soon, and threads end.
+    /// From now on what is served is dropped instead of polled, and threads end. Drops all that no thread is polling.
     pub(super) fn stop(&self) {
         let shared = &self.registry.0;
-        shared.enter(OVER);
+        shared.stage.store(OVER, Ordering::Release);
         shared.ring();
-        // Whose waking no thread heard any more.
         let _runtime = shared.runtime.enter();
-        shared.drop_all(std::mem::take(&mut *shared.woken()));
+        shared.drop_all();
     }
 }
 
@@ -179,7 +183,7 @@ impl Registry {
         let (socket, ready) = (Arc::new(socket), Arc::new(Ready::new(id, Arc::clone(shared))));
         let work: Work = Box::pin(work(Arc::clone(&socket), Arc::clone(&ready), Ending(Arc::clone(shared))));
         let task = Arc::new(Task { state: AtomicU8::new(0), ready, work: Mutex::new(Some(work)) });
-        // Before the set knows it: a thread may see it at once.
+        // Before the set knows it: a thread may see it at once, and whoever ends must find it.
         shared.tasks().insert(id, Arc::clone(&task));
         if let Err(error) = epoll::add(&shared.set, &socket, EventData::new_u64(id), socket::TOLD) {
             shared.tasks().remove(&id);
@@ -198,8 +202,33 @@ impl Shared {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn woken(&self) -> MutexGuard<'_, VecDeque<Arc<Task>>> {
-        self.woken.lock().unwrap_or_else(PoisonError::into_inner)
+    fn all(&self) -> Vec<Arc<Task>> {
+        self.tasks().values().cloned().collect()
+    }
+
+    /// Has the next thread that is free run a task, which is wanted.
+    fn hand_over(&self, task: Arc<Task>) {
+        let mut woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
+        woken.push_back(task);
+        self.woken_count.store(woken.len(), Ordering::Release);
+        drop(woken);
+        self.ring();
+    }
+
+    /// Takes one task that was handed over. The others are for whoever is free before this thread.
+    fn take_over(&self) -> Option<Arc<Task>> {
+        if self.woken_count.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let mut woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
+        let task = woken.pop_front();
+        self.woken_count.store(woken.len(), Ordering::Release);
+        let more = !woken.is_empty();
+        drop(woken);
+        if more {
+            self.ring();
+        }
+        task
     }
 
     /// Wakes a thread that sleeps, or has the next one that would sleep look.
@@ -212,76 +241,67 @@ impl Shared {
         self.stage.load(Ordering::Acquire)
     }
 
-    /// Tells every task of a stage.
-    fn enter(&self, stage: u8) {
-        self.stage.fetch_max(stage, Ordering::AcqRel);
-        let tasks: Vec<_> = self.tasks().values().cloned().collect();
-        tasks.into_iter().for_each(Wake::wake);
-    }
-
-    /// Polls whose socket is ready, until the reactor is over.
     fn work(&self) {
         let _runtime = self.runtime.enter();
-        let mut wanted = VecDeque::new();
-        self.serve(&mut wanted);
-        // The next thread.
+        self.serve();
+        // The next thread hears it.
         self.ring();
-        self.drop_all(wanted);
-    }
-
-    /// Drops what is wanted, unless another does it. For when the reactor is over.
-    fn drop_all(&self, wanted: VecDeque<Arc<Task>>) {
-        for task in wanted.into_iter().filter(|task| task.begin()) {
-            task.run();
+        if self.stage() == OVER {
+            self.drop_all();
         }
     }
 
-    fn serve(&self, wanted: &mut VecDeque<Arc<Task>>) {
+    /// Drops every task that nobody is running. Who is running one does it himself.
+    fn drop_all(&self) {
+        for task in self.all() {
+            if task.want() && task.begin() {
+                task.run();
+            }
+        }
+        let woken = mem::take(&mut *self.woken.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(woken);
+    }
+
+    /// Polls whose socket is ready, until the reactor is over.
+    fn serve(&self) {
         let mut events = Vec::with_capacity(EVENTS);
+        let mut wanted = Vec::new();
+        // Has had a turn and wants another, behind those who have had none.
+        let mut again: Option<Arc<Task>> = None;
         while self.stage() < OVER {
             events.clear();
-            // Who has had a turn and wants another comes behind those who have had none.
-            let no_time = (!wanted.is_empty()).then(Timespec::default);
+            let no_time = again.is_some().then(Timespec::default);
             match epoll::wait(&self.set, spare_capacity(&mut events), no_time.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return error!("sockets cannot be waited for: {error}"),
+                Err(error) => {
+                    again.into_iter().for_each(|task| self.hand_over(task));
+                    return error!("sockets cannot be waited for: {error}");
+                }
             }
-            self.note(&events, wanted);
-            for _ in 0..wanted.len() {
-                let Some(task) = wanted.pop_front() else { break };
-                if task.begin() && task.run() == After::Again {
-                    wanted.push_back(task);
+            self.note(&events, &mut wanted);
+            wanted.extend(self.take_over());
+            wanted.extend(again.take());
+            for task in wanted.drain(..) {
+                if task.begin()
+                    && task.run() == After::Again
+                    && let Some(other) = again.replace(task)
+                {
+                    // One is enough here: another thread may have less to do.
+                    self.hand_over(other);
                 }
             }
         }
     }
 
     /// Tells tasks what their sockets are ready for, and finds those that nobody is polling.
-    fn note(&self, events: &[Event], wanted: &mut VecDeque<Arc<Task>>) {
+    fn note(&self, events: &[Event], wanted: &mut Vec<Arc<Task>>) {
         for event in events {
-            let id = event.data.u64();
-            if id == BELL {
-                self.take_woken(wanted);
-                continue;
-            }
-            // One that ended meanwhile is not there any more.
-            let Some(task) = self.tasks().get(&id).cloned() else { continue };
+            // The bell, which only wakes, and those that ended meanwhile are not there.
+            let Some(task) = self.tasks().get(&event.data.u64()).cloned() else { continue };
             task.ready.note(event.flags);
-            if task.state.fetch_or(WANTED, Ordering::AcqRel) & RUNNING == 0 {
-                wanted.push_back(task);
+            if task.want() {
+                wanted.push(task);
             }
-        }
-    }
-
-    /// Takes one task that was woken. The others are for whoever is free before this thread.
-    fn take_woken(&self, wanted: &mut VecDeque<Arc<Task>>) {
-        let (task, more) = {
-            let mut woken = self.woken();
-            (woken.pop_front(), !woken.is_empty())
-        };
-        wanted.extend(task);
-        if more {
-            self.ring();
         }
     }
 }
@@ -307,6 +327,11 @@ enum After {
 }
 
 impl Task {
+    /// Has it polled once more. Whether nobody is running it, who would do that.
+    fn want(&self) -> bool {
+        self.state.fetch_or(WANTED, Ordering::AcqRel) & RUNNING == 0
+    }
+
     /// Whether it is wanted and nobody is running it. Then the caller does.
     fn begin(&self) -> bool {
         self.state.compare_exchange(WANTED, RUNNING, Ordering::AcqRel, Ordering::Acquire).is_ok()
@@ -352,8 +377,7 @@ impl Wake for Task {
     fn wake(self: Arc<Self>) {
         if self.state.fetch_or(WANTED, Ordering::AcqRel) == 0 {
             let shared = Arc::clone(self.ready.shared());
-            shared.woken().push_back(self);
-            shared.ring();
+            shared.hand_over(self);
         }
     }
 }

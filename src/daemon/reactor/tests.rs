@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::{
+    collections::HashSet,
     io::{Read, Write},
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
@@ -229,6 +230,42 @@ fn who_wants_another_turn_comes_behind_the_others() {
     for _ in 0..100 {
         says(&mut stream, b"a turn");
     }
+}
+
+#[test]
+fn those_that_want_turn_after_turn_are_shared_by_the_threads() {
+    let room = room(2);
+    let (begun, begins) = mpsc::channel();
+    let (goes_on, go_on) = mpsc::channel::<()>();
+    let mut holding = room.serve(move |mut socket, _| async move {
+        socket.read_u8().await.unwrap();
+        begun.send(()).unwrap();
+        go_on.recv().unwrap();
+    });
+    holding.write_all(b"a").unwrap();
+    begins.recv().unwrap();
+    // All of them begin on the other thread.
+    let threads = Arc::new(Mutex::new(HashSet::new()));
+    let mut greedy: Vec<_> = (0..4)
+        .map(|_| {
+            let threads = Arc::clone(&threads);
+            room.serve(|mut socket, _| async move {
+                socket.read_u8().await.unwrap();
+                socket.write_u8(0).await.unwrap();
+                loop {
+                    threads.lock().unwrap().insert(thread::current().id());
+                    yield_now().await;
+                }
+            })
+        })
+        .collect();
+    for stream in &mut greedy {
+        stream.write_all(b"a").unwrap();
+        hears(stream, &[0]);
+    }
+    assert!(threads.lock().unwrap().len() < 2);
+    goes_on.send(()).unwrap();
+    soon(|| threads.lock().unwrap().len() == 2);
 }
 
 #[test]
