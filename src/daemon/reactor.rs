@@ -202,13 +202,17 @@ impl Shared {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn woken(&self) -> MutexGuard<'_, VecDeque<Arc<Task>>> {
+        self.woken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn all(&self) -> Vec<Arc<Task>> {
         self.tasks().values().cloned().collect()
     }
 
     /// Has the next thread that is free run a task, which is wanted.
     fn hand_over(&self, task: Arc<Task>) {
-        let mut woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut woken = self.woken();
         woken.push_back(task);
         self.woken_count.store(woken.len(), Ordering::Release);
         drop(woken);
@@ -220,7 +224,7 @@ impl Shared {
         if self.woken_count.load(Ordering::Acquire) == 0 {
             return None;
         }
-        let mut woken = self.woken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut woken = self.woken();
         let task = woken.pop_front();
         self.woken_count.store(woken.len(), Ordering::Release);
         let more = !woken.is_empty();
@@ -258,7 +262,7 @@ impl Shared {
                 task.run();
             }
         }
-        let woken = mem::take(&mut *self.woken.lock().unwrap_or_else(PoisonError::into_inner));
+        let woken = mem::take(&mut *self.woken());
         drop(woken);
     }
 
@@ -283,7 +287,7 @@ impl Shared {
             wanted.extend(again.take());
             for task in wanted.drain(..) {
                 if task.begin()
-                    && task.run() == After::Again
+                    && task.run()
                     && let Some(other) = again.replace(task)
                 {
                     // One is enough here: another thread may have less to do.
@@ -317,15 +321,6 @@ struct Task {
     work: Mutex<Option<Work>>,
 }
 
-/// What is to become of a task that has had its turn.
-#[derive(PartialEq, Eq)]
-enum After {
-    /// It waits, or is over.
-    Nothing,
-    /// It wants another.
-    Again,
-}
-
 impl Task {
     /// Has it polled once more. Whether nobody is running it, who would do that.
     fn want(&self) -> bool {
@@ -337,22 +332,15 @@ impl Task {
         self.state.compare_exchange(WANTED, RUNNING, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// Polls it once.
-    fn run(self: &Arc<Self>) -> After {
+    /// Polls it once. Whether it wants another turn: then it waits for somebody to begin it.
+    fn run(self: &Arc<Self>) -> bool {
         if self.is_over() {
             // It stays running, so that nobody begins it again.
             self.ready.shared().tasks().remove(&self.ready.id());
-            return After::Nothing;
+            return false;
         }
-        match self.state.compare_exchange(RUNNING, 0, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => After::Nothing,
-            // It was wanted meanwhile.
-            Err(_) => {
-                // Acquires, too: whoever wanted it has told the socket of something before.
-                self.state.swap(WANTED, Ordering::AcqRel);
-                After::Again
-            }
-        }
+        // Acquires, too: whoever wanted it meanwhile has told the socket of something before.
+        self.state.fetch_and(!RUNNING, Ordering::AcqRel) & WANTED != 0
     }
 
     /// Polls its future, and drops it when that was the last time. The panic hook tells of a panic.

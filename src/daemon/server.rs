@@ -53,7 +53,7 @@ const END: Duration = Duration::from_secs(1);
 
 /// A vault, the runtime that it works in, and the threads that serve its connections.
 pub(super) struct Server {
-    // Before the runtime, which drops in its end what was served.
+    // Before the runtime, which what it drops in its end may use.
     reactor: Reactor,
     runtime: Runtime,
     vault: Arc<Vault>,
@@ -129,19 +129,12 @@ impl Server {
     /// is served.
     pub(super) fn pulse(&self) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
-        self.reactor.registry().serve(theirs.into(), |mut socket, ending| async move {
-            let echo = async {
-                while let Ok(byte) = socket.read_u8().await {
-                    // By way of the runtime, which then has to wake the connection.
-                    if tokio::spawn(async {}).await.is_err() || socket.write_u8(byte).await.is_err() {
-                        return;
-                    }
+        self.reactor.registry().serve(theirs.into(), |mut socket, _| async move {
+            while let Ok(byte) = socket.read_u8().await {
+                // By way of the runtime, which then has to wake the connection.
+                if tokio::spawn(async {}).await.is_err() || socket.write_u8(byte).await.is_err() {
+                    return;
                 }
-            };
-            tokio::select! {
-                biased;
-                () = ending => {}
-                () = echo => {}
             }
         })?;
         ours.set_nonblocking(true)?;

@@ -47,6 +47,22 @@ impl Room {
         self.serve(|socket, _| echo(socket))
     }
 
+    /// A connection that holds its thread until the sender is used, then tells so and echoes. It does when this returns.
+    fn hold(&self) -> (UnixStream, mpsc::Sender<()>) {
+        let (begun, begins) = mpsc::channel();
+        let (goes_on, go_on) = mpsc::channel();
+        let mut stream = self.serve(|mut socket, _| async move {
+            socket.read_u8().await.unwrap();
+            begun.send(()).unwrap();
+            go_on.recv().unwrap();
+            socket.write_u8(1).await.unwrap();
+            echo(socket).await;
+        });
+        stream.write_all(b"a").unwrap();
+        begins.recv().unwrap();
+        (stream, goes_on)
+    }
+
     /// A connection is removed right after it has hung up.
     fn is_soon_empty(&self) {
         soon(|| self.reactor.registry.0.tasks().is_empty());
@@ -101,25 +117,14 @@ fn every_connection_is_served_again_and_again() {
 #[test]
 fn what_comes_while_a_connection_is_polled_is_not_missed() {
     let room = room(3);
-    let (begun, begins) = mpsc::channel();
-    let (goes_on, go_on) = mpsc::channel::<()>();
-    let mut stream = room.serve(|mut socket, _| async move {
-        let mut byte = [0];
-        socket.read_exact(&mut byte).await.unwrap();
-        begun.send(()).unwrap();
-        // Holds its thread: the next byte comes meanwhile, and is told of to another.
-        go_on.recv().unwrap();
-        while socket.read_exact(&mut byte).await.is_ok() {
-            socket.write_all(&byte).await.unwrap();
-        }
-    });
-    stream.write_all(b"a").unwrap();
-    begins.recv().unwrap();
+    let (mut stream, goes_on) = room.hold();
+    // It comes meanwhile, and is told of to another thread.
     stream.write_all(b"b").unwrap();
     // The others are awake, and have seen all that there is to see.
     let mut other = room.echo();
     says(&mut other, b"there?");
     goes_on.send(()).unwrap();
+    hears(&mut stream, &[1]);
     hears(&mut stream, b"b");
     says(&mut stream, b"c");
 }
@@ -127,17 +132,8 @@ fn what_comes_while_a_connection_is_polled_is_not_missed() {
 #[test]
 fn a_connection_that_keeps_its_thread_keeps_no_other_waiting() {
     let room = room(2);
-    let (begun, begins) = mpsc::channel();
-    let (goes_on, go_on) = mpsc::channel::<()>();
-    let mut slow = room.serve(|mut socket, _| async move {
-        socket.read_u8().await.unwrap();
-        begun.send(()).unwrap();
-        go_on.recv().unwrap();
-        socket.write_u8(1).await.unwrap();
-    });
+    let (mut slow, goes_on) = room.hold();
     let mut streams: Vec<_> = (0..10).map(|_| room.echo()).collect();
-    slow.write_all(b"a").unwrap();
-    begins.recv().unwrap();
     for stream in &mut streams {
         says(stream, b"not waiting");
     }
@@ -235,15 +231,7 @@ fn who_wants_another_turn_comes_behind_the_others() {
 #[test]
 fn those_that_want_turn_after_turn_are_shared_by_the_threads() {
     let room = room(2);
-    let (begun, begins) = mpsc::channel();
-    let (goes_on, go_on) = mpsc::channel::<()>();
-    let mut holding = room.serve(move |mut socket, _| async move {
-        socket.read_u8().await.unwrap();
-        begun.send(()).unwrap();
-        go_on.recv().unwrap();
-    });
-    holding.write_all(b"a").unwrap();
-    begins.recv().unwrap();
+    let (mut holding, goes_on) = room.hold();
     // All of them begin on the other thread.
     let threads = Arc::new(Mutex::new(HashSet::new()));
     let mut greedy: Vec<_> = (0..4)
@@ -265,6 +253,7 @@ fn those_that_want_turn_after_turn_are_shared_by_the_threads() {
     }
     assert!(threads.lock().unwrap().len() < 2);
     goes_on.send(()).unwrap();
+    hears(&mut holding, &[1]);
     soon(|| threads.lock().unwrap().len() == 2);
 }
 
