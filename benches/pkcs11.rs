@@ -1,8 +1,8 @@
 //! How much of what a PKCS#11 module can do reaches the clients? Signatures with keys on SoftHSM: two threads that call
-//! C_Sign and do nothing else, the daemon with eight connections, and OpenSSH's ssh-agent with its pkcs11 helper, also with
-//! eight connections.
+//! C_Sign and do nothing else, the daemon with eight connections, with as many sessions as are its default and with eight, and
+//! OpenSSH's ssh-agent with its pkcs11 helper, also with eight connections.
 //!
-//! Method. Rounds of the three alternate, so that all see the same machine; each figure is the median over the rounds. The
+//! Method. Rounds of the four alternate, so that all see the same machine; each figure is the median over the rounds. The
 //! clients share the cores with the agents. Messages have 600 bytes; RSA signs with SHA-256, and one request of each
 //! connection is under way at a time.
 //!
@@ -56,10 +56,13 @@ fn main() {
         hsm.generate("bench", key_type, &format!("0{}", n + 1), name, &[]);
     }
     let raw = Raw::open(&hsm);
-    let mut home = Home::new();
-    home.configure(&hsm.device("hsm", "bench", "probe = \"1h\""));
-    let _daemon = home.start();
-    let door = home.path("agent");
+    let homes = ["", "sessions = 8"].map(|sessions| {
+        let mut home = Home::new();
+        home.configure(&hsm.device("hsm", "bench", &format!("probe = \"1h\"\n{sessions}")));
+        home
+    });
+    let _daemons = homes.each_ref().map(Home::start);
+    let doors = homes.each_ref().map(|home| home.path("agent"));
     let agent = Agent::start_with(|agent| {
         agent.env("SOFTHSM2_CONF", hsm.conf());
     });
@@ -67,16 +70,22 @@ fn main() {
     answering(&mut add, agent.dir(), PIN);
     run(add.args(["-q", "-s", MODULE])).ok();
     for (n, (_, name, mechanism, len)) in KEYS.into_iter().enumerate() {
-        let (mut own, mut daemon, mut peer) = (Vec::new(), Vec::new(), Vec::new());
-        let blob = blob(&door, name);
+        let mut rates = [const { Vec::new() }; 4];
+        let blobs = doors.each_ref().map(|door| blob(door, name));
         for _ in 0..rounds {
-            own.push(raw.rate(n, mechanism, len));
-            daemon.push(rate(&door, &blob));
-            peer.push(rate(agent.socket(), &blob));
+            rates[0].push(raw.rate(n, mechanism, len));
+            rates[1].push(rate(&doors[0], &blobs[0]));
+            rates[2].push(rate(&doors[1], &blobs[1]));
+            rates[3].push(rate(agent.socket(), &blobs[0]));
         }
-        let [own, daemon, peer] = [own, daemon, peer].map(median);
+        let [own, daemon, wider, peer] = rates.map(median);
         let of = |rate: f64| format!("{rate:.0}/s ({:.0} %)", 100.0 * rate / own);
-        println!("{name}: C_Sign {own:.0}/s; daemon {}; ssh-agent {}", of(daemon), of(peer));
+        println!(
+            "{name}: C_Sign {own:.0}/s; daemon {}, with eight sessions {}; ssh-agent {}",
+            of(daemon),
+            of(wider),
+            of(peer)
+        );
     }
 }
 

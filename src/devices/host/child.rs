@@ -2,12 +2,13 @@
 //! frames.
 //!
 //! A thread of its own ends the process with the daemon, even when every other thread hangs in foreign code. Each lane is a
-//! thread that makes one call at a time, of whatever kind: it takes it from the socket itself and sends the answer.
+//! thread that makes one call at a time, of whatever kind: it takes it from the socket itself and sends the answer. Lanes
+//! that have nothing to do wait in one edge-triggered epoll set, which wakes one of them for a call (epoll(7)).
 
 use std::{
     convert::Infallible,
-    io::{self, Read, Write},
-    os::unix::net::UnixStream,
+    io::{self, Write},
+    os::{fd::OwnedFd, unix::net::UnixStream},
     panic,
     sync::{Arc, Mutex, PoisonError},
     thread,
@@ -15,8 +16,13 @@ use std::{
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{
+        EventfdFlags, PollFd, PollFlags,
+        epoll::{self, CreateFlags, Event, EventData, EventFlags},
+        eventfd, poll,
+    },
     io::Errno,
+    net::{RecvFlags, recv},
 };
 
 use thiserror::Error;
@@ -156,23 +162,41 @@ fn watch<W: Watcher>(socket: UnixStream) -> Result<Infallible, ChildError> {
     exit_now(0)
 }
 
+/// What a lane finds when it looks.
+enum Seen {
+    Request(u64, Request),
+    /// Nothing yet.
+    Nothing,
+    /// The daemon has gone.
+    End,
+}
+
 /// The daemon's socket, as all lanes share it.
 struct Line {
     socket: UnixStream,
-    /// Held while one lane waits for the next call, on behalf of all that have nothing to do.
+    /// The socket and the bell.
+    set: OwnedFd,
+    /// Rings when there may be more than one lane has taken.
+    bell: OwnedFd,
+    /// What has come. Nobody waits for anything while it is locked.
     incoming: Mutex<Incoming>,
     /// Held while an answer is sent: whole, before another lane's.
     sending: Mutex<()>,
 }
 
 impl Line {
-    fn new(socket: UnixStream) -> Self {
-        Self { socket, incoming: Mutex::new(Incoming::new()), sending: Mutex::new(()) }
+    fn new(socket: UnixStream) -> io::Result<Self> {
+        let set = epoll::create(CreateFlags::CLOEXEC)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        // Nobody asks which of the two it was.
+        epoll::add(&set, &socket, EventData::new_u64(0), EventFlags::IN | EventFlags::RDHUP | EventFlags::ET)?;
+        epoll::add(&set, &bell, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
+        Ok(Self { socket, set, bell, incoming: Mutex::new(Incoming::new()), sending: Mutex::new(()) })
     }
 
     /// With the thread that ends the process when the daemon goes.
     fn open(socket: UnixStream) -> Result<Arc<Self>, ChildError> {
-        let line = Arc::new(Self::new(socket));
+        let line = Arc::new(Self::new(socket)?);
         let watched = Arc::clone(&line);
         let watcher = move || match watched.hung_up() {
             Ok(()) => {
@@ -198,18 +222,53 @@ impl Line {
 
     /// The next request; `None` when the daemon has gone.
     fn next(&self) -> Result<Option<(u64, Request)>, ChildError> {
+        loop {
+            match self.look()? {
+                Seen::Request(id, request) => return Ok(Some((id, request))),
+                Seen::End => return Ok(None),
+                Seen::Nothing => self.wait()?,
+            }
+        }
+    }
+
+    /// Takes a request, if one is there. Rings for another lane where there may be more: the set tells of what came at once
+    /// only once, and this lane may be long.
+    fn look(&self) -> Result<Seen, ChildError> {
         let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(request) = incoming.take(wire::decode_request)? {
-                return Ok(Some(request?));
+                if !incoming.is_exhausted() {
+                    self.ring();
+                }
+                let (id, request) = request?;
+                return Ok(Seen::Request(id, request));
             }
-            match (&self.socket).read(incoming.room()?) {
-                Ok(0) => return Ok(None),
-                Ok(n) => incoming.came(n),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e.into()),
+            match recv(&self.socket, incoming.room()?, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => {
+                    self.ring();
+                    return Ok(Seen::End);
+                }
+                Ok((n, _)) => incoming.came(n),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(Seen::Nothing),
+                Err(e) => return Err(io::Error::from(e).into()),
             }
         }
+    }
+
+    /// Until there may be something to take.
+    fn wait(&self) -> io::Result<()> {
+        let mut events = [Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }];
+        match epoll::wait(&self.set, &mut events, None) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Wakes a lane that waits, or has the next one look before it waits.
+    fn ring(&self) {
+        // It counts how often: no process gets so far that there is no room.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
     }
 
     /// What comes first: the configuration, or the question.
@@ -284,9 +343,9 @@ fn serve<D: Hosted>(line: &Line) -> Result<(), ChildError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
-    use std::{borrow::Cow, future::pending, sync::Condvar};
+    use std::{borrow::Cow, future::pending, io::Read, sync::Condvar};
 
-    use super::*;
+    use super::{super::incoming::READ_SIZE, *};
     use crate::devices::{Input, Operation, Scan, Scheme, Slot, Status};
 
     /// Returns its input as the signature; some inputs are commands.
@@ -316,7 +375,7 @@ mod tests {
 
         async fn sign(&self, _: &Slot, _: Scheme, input: &Input<'_>) -> Result<Vec<u8>, DeviceError> {
             match input.bytes() {
-                b"hang" => pending().await,
+                bytes if bytes.starts_with(b"hang") => pending().await,
                 b"together" => {
                     let mut there = self.together.0.lock().unwrap();
                     *there += 1;
@@ -341,6 +400,11 @@ mod tests {
         }
     }
 
+    fn signing(id: u64, message: &'static [u8]) -> wire::Frame {
+        let operation = Operation::Sign { scheme: Scheme::Ed25519, input: Input::Message(Cow::Borrowed(message)) };
+        wire::encode_call(id, &Call::Operate(Slot([].into()), operation)).unwrap()
+    }
+
     struct Daemon(UnixStream);
 
     impl Daemon {
@@ -349,8 +413,7 @@ mod tests {
         }
 
         fn sign(&mut self, id: u64, message: &'static [u8]) {
-            let operation = Operation::Sign { scheme: Scheme::Ed25519, input: Input::Message(Cow::Borrowed(message)) };
-            self.send(&wire::encode_call(id, &Call::Operate(Slot([].into()), operation)).unwrap());
+            self.send(&signing(id, message));
         }
 
         fn answer(&mut self) -> (u64, Result<Answer, DeviceError>) {
@@ -374,7 +437,8 @@ mod tests {
     /// The threads of a device's process, in this one.
     fn start() -> (Daemon, Ends) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let line = Arc::new(Line::new(theirs));
+        ours.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let line = Arc::new(Line::new(theirs).unwrap());
         let watched = Arc::clone(&line);
         let watcher = thread::spawn(move || watched.hung_up());
         (Daemon(ours), (watcher, thread::spawn(move || serve::<Echo>(&line))))
@@ -416,6 +480,28 @@ mod tests {
     }
 
     #[test]
+    fn a_call_that_comes_in_one_piece_with_one_that_hangs_is_made() {
+        static HANG: [u8; READ_SIZE] = {
+            let mut bytes = [0; READ_SIZE];
+            (bytes[0], bytes[1], bytes[2], bytes[3]) = (b'h', b'a', b'n', b'g');
+            bytes
+        };
+        let header = signing(1, b"").len();
+        // What one read takes ends behind the second call, at its end, in it, or before it.
+        let frames = [100, READ_SIZE - signing(2, b"next").len(), READ_SIZE - 1, READ_SIZE];
+        // A lane that does not wait yet finds the second call by itself: most rounds have none.
+        for frame in frames.repeat(20) {
+            let (mut daemon, (watcher, _)) = opened();
+            (1..=3).for_each(|id| daemon.sign(id, b"together"));
+            (1..=3).for_each(|_| drop(daemon.signature()));
+            daemon.send(&[&signing(4, &HANG[..frame - header])[..], &signing(5, b"next")].concat());
+            assert_eq!(daemon.signature(), (5, b"next".to_vec()));
+            drop(daemon);
+            assert!(watcher.join().unwrap().is_ok());
+        }
+    }
+
+    #[test]
     fn an_error_of_the_opening_is_told() {
         let (mut daemon, (_, lanes)) = start();
         daemon.send(&wire::encode_open(b"absent"));
@@ -437,7 +523,7 @@ mod tests {
         let refused = |frames: &[&[u8]]| {
             let (mut daemon, theirs) = UnixStream::pair().unwrap();
             frames.iter().for_each(|frame| daemon.write_all(frame).unwrap());
-            let line = Line::new(theirs);
+            let line = Line::new(theirs).unwrap();
             line.config().and_then(|_| line.call()).err().unwrap().to_string()
         };
         let open = wire::encode_open(b"");

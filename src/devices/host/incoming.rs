@@ -5,7 +5,7 @@ use zeroize::{Zeroize, Zeroizing};
 use super::wire::{self, FrameError};
 
 /// What one read takes: many frames of the usual kind, so that a busy device costs few system calls.
-const READ_SIZE: usize = 16 * 1024;
+pub(super) const READ_SIZE: usize = 16 * 1024;
 
 /// Bytes that have arrived and that nobody has taken. They may be PINs and secrets: what is taken is wiped, and so is a
 /// buffer that has become too small.
@@ -13,11 +13,13 @@ pub(super) struct Incoming {
     bytes: Zeroizing<Vec<u8>>,
     start: usize,
     end: usize,
+    /// Whether the last read brought all that there was room for.
+    was_full: bool,
 }
 
 impl Incoming {
     pub(super) fn new() -> Self {
-        Self { bytes: buffer(READ_SIZE), start: 0, end: 0 }
+        Self { bytes: buffer(READ_SIZE), start: 0, end: 0, was_full: false }
     }
 
     /// What `read` makes of the first frame's body, once all of it is there.
@@ -45,7 +47,15 @@ impl Incoming {
 
     /// So many bytes were put where [`Incoming::room`] said.
     pub(super) fn came(&mut self, n: usize) {
-        self.end = (self.end + n).min(self.bytes.len());
+        let room = self.bytes.len() - self.end;
+        self.was_full = n >= room;
+        self.end += n.min(room);
+    }
+
+    /// Whether everything has been taken, and the last read, which brought less than there was room for, left nothing in
+    /// the socket.
+    pub(super) fn is_exhausted(&self) -> bool {
+        self.start == self.end && !self.was_full
     }
 
     /// The length of the first frame with its header, once that is there.
