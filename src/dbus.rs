@@ -3,17 +3,29 @@
 //!
 //! The crate `zbus` brings sixty others. What is needed here is a dozen calls a day with strings for arguments.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io::{self, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    time::Duration,
+};
 
-use rustix::process::geteuid;
+use rustix::{
+    cmsg_space,
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
+    process::geteuid,
+};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
     net::UnixStream,
     time::timeout,
 };
 
 /// The longest message that is taken, in bytes; D-Bus allows 128 MiB.
 const MAX_MESSAGE: usize = 64 * 1024;
+/// The most descriptors that one read takes. The kernel closes those for which there is no room.
+const MAX_DESCRIPTORS: usize = 4;
 /// The longest line of the handshake, in bytes.
 const MAX_LINE: usize = 1024;
 /// How long an answer may take.
@@ -55,6 +67,8 @@ pub struct Message {
     pub reply_to: u32,
     /// The arguments' types.
     pub signature: String,
+    /// How many descriptors come with it, beside its bytes.
+    pub descriptors: u32,
     /// The arguments.
     pub body: Vec<u8>,
 }
@@ -81,7 +95,8 @@ impl Message {
         self.kind == Some(Kind::Signal) && self.interface == interface && self.member == member
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// Its bytes on the wire.
+    pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![b'l', self.kind.map_or(0, |kind| kind as u8), 0, 1];
         out.extend(u32::try_from(self.body.len()).unwrap_or(u32::MAX).to_le_bytes());
         out.extend(self.serial.to_le_bytes());
@@ -105,6 +120,11 @@ impl Message {
             fields.extend([8, 1, b'g', 0, u8::try_from(self.signature.len()).unwrap_or(u8::MAX)]);
             fields.extend(self.signature.as_bytes());
             fields.push(0);
+        }
+        if self.descriptors != 0 {
+            align(&mut fields, 8);
+            fields.extend([9, 1, b'u', 0]);
+            fields.extend(self.descriptors.to_le_bytes());
         }
         out.extend(u32::try_from(fields.len()).unwrap_or(u32::MAX).to_le_bytes());
         out.extend(fields);
@@ -144,8 +164,10 @@ impl Message {
                 }
                 "u" => {
                     let number = r.u32()?;
-                    if code == 5 {
-                        message.reply_to = number;
+                    match code {
+                        5 => message.reply_to = number,
+                        9 => message.descriptors = number,
+                        _ => {}
                     }
                 }
                 "g" => message.signature = r.signature()?,
@@ -237,6 +259,15 @@ impl<'a> Fields<'a> {
 pub struct Bus {
     stream: UnixStream,
     serial: u32,
+    /// What came with the last message.
+    descriptors: Vec<OwnedFd>,
+}
+
+impl AsFd for Bus {
+    /// The socket, for a message that descriptors go with.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
 }
 
 impl Bus {
@@ -257,13 +288,14 @@ impl Bus {
         // EXTERNAL: the bus asks the kernel who we are. The uid goes in decimal digits, written in hexadecimal.
         let uid: String = geteuid().as_raw().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
         stream.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).await?;
-        let greeted =
-            timeout(PATIENCE, line(&mut stream)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        if !greeted?.starts_with("OK ") {
+        if !line(&mut stream).await?.starts_with("OK ") {
             return Err(io::Error::other("the bus does not let us in"));
         }
+        // A bus that passes no descriptors says so, and no more is lost than them.
+        stream.write_all(b"NEGOTIATE_UNIX_FD\r\n").await?;
+        line(&mut stream).await?;
         stream.write_all(b"BEGIN\r\n").await?;
-        let mut bus = Self { stream, serial: 0 };
+        let mut bus = Self { stream, serial: 0, descriptors: Vec::new() };
         bus.ask(&Message::call(DBUS, "/org/freedesktop/DBus", DBUS, "Hello", &[])).await?;
         Ok(bus)
     }
@@ -300,8 +332,9 @@ impl Bus {
     /// The next message, whatever it is. Dropped halfway, the connection is of no use any more.
     pub async fn next(&mut self) -> io::Result<Message> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+        self.descriptors.clear();
         let mut bytes = vec![0; 16];
-        self.stream.read_exact(&mut bytes).await?;
+        self.fill(&mut bytes).await?;
         let mut r = Fields::new(&bytes).ok_or_else(invalid)?;
         let mut length = |at| {
             r.at = at;
@@ -312,9 +345,42 @@ impl Bus {
             return Err(invalid());
         }
         bytes.resize(16 + fields.next_multiple_of(8) + body, 0);
-        self.stream.read_exact(&mut bytes[16..]).await?;
+        self.fill(&mut bytes[16..]).await?;
         Message::decode(&bytes).ok_or_else(invalid)
     }
+
+    /// The first descriptor that came with the message that [`next`](Self::next) gave last.
+    pub fn take_descriptor(&mut self) -> Option<OwnedFd> {
+        self.descriptors.drain(..).next()
+    }
+
+    /// Reads so many bytes, and keeps the descriptors that come with them.
+    async fn fill(&mut self, mut bytes: &mut [u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let Self { stream, descriptors, .. } = &mut *self;
+            let n = stream.async_io(Interest::READABLE, || receive(stream, bytes, descriptors)).await?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            bytes = &mut bytes[n..];
+        }
+        Ok(())
+    }
+}
+
+/// Reads what is there, with descriptors.
+fn receive(stream: &UnixStream, bytes: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let received = recvmsg(stream, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(passed) = message {
+            let room = MAX_DESCRIPTORS.saturating_sub(descriptors.len());
+            descriptors.extend(passed.take(room));
+        }
+    }
+    Ok(received.bytes)
 }
 
 /// The bus itself, and its interface.
@@ -322,14 +388,17 @@ pub const DBUS: &str = "org.freedesktop.DBus";
 
 /// A line of the handshake.
 async fn line(stream: &mut UnixStream) -> io::Result<String> {
-    let mut line = Vec::new();
-    while !line.ends_with(b"\r\n") {
-        if line.len() > MAX_LINE {
-            return Err(io::ErrorKind::InvalidData.into());
+    let read = async {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\r\n") {
+            if line.len() > MAX_LINE {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            line.push(stream.read_u8().await?);
         }
-        line.push(stream.read_u8().await?);
-    }
-    Ok(String::from_utf8_lossy(&line).into_owned())
+        Ok(String::from_utf8_lossy(&line).into_owned())
+    };
+    timeout(PATIENCE, read).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 #[cfg(test)]
@@ -368,7 +437,7 @@ mod tests {
         #[test]
         fn messages_round_trip(path in "/[a-z/]{0,20}", member in "[A-Za-z]{1,20}", args in prop::collection::vec("[^\0]{0,20}", 0..4)) {
             let args: Vec<&str> = args.iter().map(String::as_str).collect();
-            let message = Message { serial: 7, reply_to: 3, ..Message::call(DBUS, &path, "a.b", &member, &args) };
+            let message = Message { serial: 7, reply_to: 3, descriptors: 2, ..Message::call(DBUS, &path, "a.b", &member, &args) };
             prop_assert_eq!(Message::decode(&message.encode()), Some(message));
         }
 

@@ -54,7 +54,7 @@ fn verify_names_what_was_changed_with_and_without_a_daemon() {
     }
     let whole = cli(&home, "audit verify").ok();
     assert!(
-        whole.starts_with("The audit log is whole.\n7 lines in 1 files, from number 1 on; the last is\n7:"),
+        whole.starts_with("The audit log is whole.\nLines: 7, from number 1 on; files: 1. The last line is\n7:"),
         "{whole}"
     );
     let known = whole.lines().last().unwrap().to_owned();
@@ -64,7 +64,7 @@ fn verify_names_what_was_changed_with_and_without_a_daemon() {
         ["audit verify --config config.toml", "audit verify --state state", "audit verify --files state/audit"];
     for words in without {
         let stdout = cli(&home, &format!("{words} --known {known}")).ok();
-        assert!(stdout.contains("The audit log is whole.\n8 lines"), "{stdout}");
+        assert!(stdout.contains("The audit log is whole.\nLines: 8,"), "{stdout}");
         assert_eq!(stdout.contains("not known"), words.contains("--files"), "{stdout}");
     }
     let report = &json(&home, "audit verify --state state --json")["audit"];

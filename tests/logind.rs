@@ -6,18 +6,28 @@ mod support;
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, IoSlice, PipeReader, Read, pipe},
+    mem::MaybeUninit,
+    os::fd::AsFd,
     path::Path,
     process::{Child, Command, Stdio},
 };
 
-use rustix::process::{Signal, geteuid};
+use rustix::{
+    cmsg_space,
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
+    process::{Signal, geteuid},
+};
 use strongroom::{
     agent::message::{Request, StoreRequest, StoreStatus, Target},
     dbus::{Bus, DBUS, Kind, Message},
 };
-use support::{client::Client, daemon::Home, eventually};
-use tokio::runtime::{Builder, Runtime};
+use support::{PATIENCE, client::Client, daemon::Home, eventually};
+use tokio::{
+    runtime::{Builder, Runtime},
+    time::timeout,
+};
 
 const LOGIND: &str = "org.freedesktop.login1";
 const SESSION: &str = "/org/freedesktop/login1/session/_32";
@@ -62,55 +72,87 @@ struct Logind {
 }
 
 impl Logind {
-    fn start(address: &str) -> Self {
+    /// Somebody on the bus who is not logind.
+    fn connect(address: &str) -> Self {
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        let bus = runtime.block_on(async {
-            let mut bus = Bus::connect(address).await.unwrap();
+        let bus = runtime.block_on(Bus::connect(address)).unwrap();
+        Self { runtime, bus }
+    }
+
+    fn start(address: &str) -> Self {
+        let Self { runtime, mut bus } = Self::connect(address);
+        runtime.block_on(async {
             let mut request = Message::call(DBUS, "/org/freedesktop/DBus", DBUS, "RequestName", &[LOGIND]);
             request.signature.push('u');
             request.body.resize(request.body.len().next_multiple_of(4), 0);
             request.body.extend([0; 4]);
             bus.ask(&request).await.unwrap();
-            bus
         });
         Self { runtime, bus }
     }
 
-    fn tell(&mut self, path: &str, interface: &str, member: &str, signature: &str, body: &[u8]) {
-        let signal = Message {
-            kind: Some(Kind::Signal),
-            path: path.to_owned(),
-            interface: interface.to_owned(),
-            member: member.to_owned(),
-            signature: signature.to_owned(),
-            body: body.to_vec(),
-            ..Message::default()
-        };
-        self.runtime.block_on(self.bus.send(&signal)).unwrap();
+    fn tell(&mut self, signal: Message) {
+        self.runtime.block_on(self.bus.send(&Message { kind: Some(Kind::Signal), ..signal })).unwrap();
     }
 
     fn sleep(&mut self, begins: bool) {
-        let body = [u8::from(begins), 0, 0, 0];
-        self.tell("/org/freedesktop/login1", "org.freedesktop.login1.Manager", "PrepareForSleep", "b", &body);
+        self.tell(prepare_for_sleep(begins));
     }
 
     /// Locks a session, and says nothing else.
     fn lock(&mut self) {
-        self.tell(SESSION, "org.freedesktop.login1.Session", "Lock", "", &[]);
+        self.tell(Message {
+            path: SESSION.to_owned(),
+            interface: "org.freedesktop.login1.Session".to_owned(),
+            member: "Lock".to_owned(),
+            ..Message::default()
+        });
+    }
+
+    /// Waits for a call of this method.
+    fn called(&mut self, member: &str) -> Message {
+        let called = async {
+            loop {
+                let message = self.bus.next().await.unwrap();
+                if message.kind == Some(Kind::Call) && message.member == member {
+                    break message;
+                }
+            }
+        };
+        self.runtime.block_on(async { timeout(PATIENCE, called).await.expect("nobody calls") })
     }
 
     /// Waits until somebody asks whose a session is.
     fn asked(&mut self) -> Message {
-        let asked = self.runtime.block_on(async {
-            loop {
-                let message = self.bus.next().await.unwrap();
-                if message.kind == Some(Kind::Call) && message.member == "Get" {
-                    break message;
-                }
-            }
-        });
+        let asked = self.called("Get");
         assert_eq!((asked.path.as_str(), asked.signature.as_str()), (SESSION, "ss"));
         asked
+    }
+
+    /// Waits until somebody wants sleep to wait, and lets it: until what is returned is at its end. With it, who that is.
+    fn delayed(&mut self) -> (PipeReader, String) {
+        let asked = self.called("Inhibit");
+        assert_eq!((asked.path.as_str(), asked.signature.as_str()), ("/org/freedesktop/login1", "ssss"));
+        assert!(asked.body.starts_with(b"\x05\0\0\0sleep\0") && asked.body.ends_with(b"\x05\0\0\0delay\0"));
+        let (lock, held) = pipe().unwrap();
+        let answer = Message {
+            kind: Some(Kind::Return),
+            destination: asked.sender.clone(),
+            serial: 1000,
+            reply_to: asked.serial,
+            signature: "h".to_owned(),
+            descriptors: 1,
+            body: vec![0; 4],
+            ..Message::default()
+        };
+        let bytes = answer.encode();
+        let held = [held.as_fd()];
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&held)));
+        let sent = sendmsg(&self.bus, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL).unwrap();
+        assert_eq!(sent, bytes.len());
+        (lock, asked.sender)
     }
 
     /// Locks a session, and says whose it is when that is asked.
@@ -131,6 +173,17 @@ impl Logind {
             };
             self.bus.send(&answer).await.unwrap();
         });
+    }
+}
+
+fn prepare_for_sleep(begins: bool) -> Message {
+    Message {
+        path: "/org/freedesktop/login1".to_owned(),
+        interface: "org.freedesktop.login1.Manager".to_owned(),
+        member: "PrepareForSleep".to_owned(),
+        signature: "b".to_owned(),
+        body: vec![u8::from(begins), 0, 0, 0],
+        ..Message::default()
     }
 }
 
@@ -191,6 +244,38 @@ fn sleep_and_a_locked_session_lock_the_store() {
     logind.sleep(true);
     eventually("sleep locks again", || !is_open(&mut client));
     daemon.end(Signal::TERM);
+}
+
+#[test]
+fn sleep_waits_until_the_store_is_locked() {
+    let mut home = Home::new();
+    let bus = Daemon::start(&home.path(""));
+    let mut logind = Logind::start(&bus.address);
+    listen_to(&bus, &mut home);
+    let (_daemon, mut client) = start(&home);
+    let (mut lock, daemon) = logind.delayed();
+    for _ in 0..2 {
+        assert_eq!(
+            poll(&mut [PollFd::new(&lock, PollFlags::IN)], Some(&Timespec::default())),
+            Ok(0),
+            "sleep is let go while the store is open"
+        );
+        logind.sleep(true);
+        assert_eq!(lock.read(&mut [0]).unwrap(), 0);
+        assert!(!is_open(&mut client));
+        logind.sleep(false);
+        (lock, _) = logind.delayed();
+        unlock(&mut client);
+    }
+    // Who is not logind locks the store, and no more: the next sleep waits as well.
+    let mut stranger = Logind::connect(&bus.address);
+    stranger.tell(Message { destination: daemon, ..prepare_for_sleep(true) });
+    eventually("a stranger locks", || !is_open(&mut client));
+    let (mut lock, _) = logind.delayed();
+    unlock(&mut client);
+    logind.sleep(true);
+    assert_eq!(lock.read(&mut [0]).unwrap(), 0);
+    assert!(!is_open(&mut client));
 }
 
 #[test]

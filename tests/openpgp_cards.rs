@@ -212,6 +212,17 @@ fn a_card_that_wants_its_pin_for_each_signature_has_it_asked_for_each() {
         client.hear(Name::Sign).bytes();
     }
     assert_eq!(card.tries(), ALL_TRIES);
+    // Those that come together are asked for one after the other, and none signs with what was given for another.
+    let mut more: Vec<_> = (0..3).map(|_| daemon.connect_service()).collect();
+    more.iter_mut().for_each(|client| client.tell(&request()));
+    for _ in &more {
+        askpass.next();
+        askpass.answer(0, PIN);
+    }
+    for client in &mut more {
+        client.hear(Name::Sign).bytes();
+    }
+    assert!(!askpass.has_asked());
     client.tell(&request());
     askpass.next();
     askpass.answer(1, "");

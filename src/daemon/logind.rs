@@ -1,7 +1,7 @@
 //! What logind tells of this machine's sleep and of its owner's sessions, and that the encrypted store is locked then. Knows
 //! logind's objects; not how a message looks.
 
-use std::{collections::HashSet, io, sync::Arc, time::Duration};
+use std::{collections::HashSet, io, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use rustix::process::geteuid;
 use tokio::time::sleep;
@@ -13,6 +13,7 @@ use crate::{
 };
 
 const LOGIND: &str = "org.freedesktop.login1";
+const OBJECT: &str = "/org/freedesktop/login1";
 const MANAGER: &str = "org.freedesktop.login1.Manager";
 const SESSION: &str = "org.freedesktop.login1.Session";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
@@ -63,12 +64,57 @@ async fn listen(vault: &Vault, on: LockOn, told: &mut bool) -> io::Result<std::c
     }
     *told = false;
     info!("the store is locked when logind says so");
+    let mut delay = Delay::default();
+    if on.sleep {
+        delay.ask(&mut bus).await?;
+    }
     let mut asked = HashSet::new();
-    let heard = hear(&mut bus, vault, on, &mut asked).await;
+    let heard = hear(&mut bus, vault, on, &mut asked, &mut delay).await;
     if !asked.is_empty() {
         lock_now(vault, UNKNOWN);
     }
     heard
+}
+
+/// The machine's sleep, which waits until the store is locked: an inhibitor lock of logind's in mode `delay`. For so long as
+/// logind lets anybody delay it, which is five seconds (logind.conf(5), InhibitDelayMaxSec).
+#[derive(Default)]
+struct Delay {
+    /// The call that asks for it, until it is answered.
+    asked: Option<u32>,
+    /// The lock itself: it ends when this is closed.
+    held: Option<OwnedFd>,
+    /// The unique name of who answered last.
+    logind: String,
+}
+
+impl Delay {
+    async fn ask(&mut self, bus: &mut Bus) -> io::Result<()> {
+        let args = ["sleep", "Strongroom", "The store of keys is locked first", "delay"];
+        self.asked = Some(bus.send(&Message::call(LOGIND, OBJECT, MANAGER, "Inhibit", &args)).await?);
+        Ok(())
+    }
+
+    /// Whether this is the answer: then it has been taken.
+    fn answered(&mut self, bus: &mut Bus, message: &Message) -> bool {
+        let is_answer =
+            matches!(message.kind, Some(Kind::Return | Kind::Error)) && self.asked == Some(message.reply_to);
+        if is_answer {
+            self.asked = None;
+            self.held = bus.take_descriptor();
+            if self.held.is_none() && self.logind.is_empty() {
+                warn!("logind does not let sleep wait: the machine may sleep before the store is locked");
+            }
+            self.logind.clone_from(&message.sender);
+        }
+        is_answer
+    }
+
+    /// The store is locked, and the machine may sleep. Who told us that it will may be anybody: only logind wakes it, too.
+    async fn end(&mut self, bus: &mut Bus, teller: &str) -> io::Result<()> {
+        (self.asked, self.held) = (None, None);
+        if teller == self.logind { Ok(()) } else { self.ask(bus).await }
+    }
 }
 
 /// Hears what comes. Only a session that logind says is somebody else's leaves the store open: where it does not say whose,
@@ -78,13 +124,22 @@ async fn hear(
     vault: &Vault,
     on: LockOn,
     asked: &mut HashSet<u32>,
+    delay: &mut Delay,
 ) -> io::Result<std::convert::Infallible> {
     loop {
         let message = bus.next().await?;
+        if delay.answered(bus, &message) {
+            continue;
+        }
         // Anybody may send us a signal. All that comes of it is a locked store. An answer comes from whom we asked: the bus
         // passes on no other.
-        if on.sleep && message.is_signal(MANAGER, "PrepareForSleep") && message.boolean() == Some(true) {
-            lock_now(vault, "the machine goes to sleep");
+        if on.sleep && message.is_signal(MANAGER, "PrepareForSleep") {
+            if message.boolean() == Some(true) {
+                lock_now(vault, "the machine goes to sleep");
+                delay.end(bus, &message.sender).await?;
+            } else {
+                delay.ask(bus).await?;
+            }
         } else if on.session && message.is_signal(SESSION, "Lock") {
             if asked.len() >= MAX_ASKED {
                 lock_now(vault, UNKNOWN);

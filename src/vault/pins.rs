@@ -12,7 +12,7 @@ use std::{
 
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
-    sync::broadcast,
+    sync::{OwnedSemaphorePermit, Semaphore, broadcast},
     task::{JoinSet, spawn_blocking},
     time::{sleep, timeout},
 };
@@ -27,7 +27,7 @@ use super::{
     store::MarkError,
 };
 use crate::{
-    devices::{CardPin, Device, DeviceError, DeviceState, Health, Status, device::LoginError},
+    devices::{CardPin, Device, DeviceError, DeviceState, Health, Slot, Status, device::LoginError},
     sys::clock,
 };
 
@@ -49,6 +49,7 @@ pub enum PinSource {
 }
 
 /// Which PIN a login is to send.
+#[derive(Clone)]
 pub(super) enum WantedPin {
     /// What the token accepted before, or else what its source gives.
     Any,
@@ -82,6 +83,8 @@ struct Entry {
     logins: u64,
     /// How long one is kept; `None`: until the token goes or somebody locks it or the vault.
     lifetime: Option<Duration>,
+    /// Whose turn it is to use a key that wants the PIN given for each use: what is given for one must not serve another.
+    turns: BTreeMap<Slot, Arc<Semaphore>>,
 }
 
 /// Those who wait are told in the order of their waiting, so that simulations replay.
@@ -97,6 +100,17 @@ struct Candidate {
 impl Pins {
     fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the uses of a key take turns from now on, each with a PIN of its own.
+    pub(super) fn take_turns(&self, device: &Device, slot: &Slot) {
+        self.with(device, |entry| _ = entry.turns.entry(slot.clone()).or_insert_with(|| Arc::new(Semaphore::new(1))));
+    }
+
+    /// Waits for its turn, and has it until the result is dropped. `None` for a key whose uses take none.
+    pub(super) async fn turn(&self, device: &Device, slot: &Slot) -> Option<OwnedSemaphorePermit> {
+        let turns = self.with(device, |entry| entry.turns.get(slot).cloned())?;
+        turns.acquire_owned().await.ok()
     }
 
     fn with<T>(&self, device: &Device, act: impl FnOnce(&mut Entry) -> T) -> T {
@@ -206,19 +220,26 @@ impl Vault {
         caller: &Arc<Caller>,
         wanted: WantedPin,
     ) -> Result<(), Refusal> {
-        let mut outcome = self.pins.with(device, |entry| match (&entry.login, &wanted) {
-            // Its PIN may be another one than the one that is being tried.
-            (Some(_), WantedPin::This(_)) => Err(Refusal::from(DeviceError::Busy)),
-            (Some(login), _) => Ok(login.subscribe()),
-            (None, _) => {
-                let login = Arc::new(Outcome::new(1));
-                let outcome = login.subscribe();
-                entry.login = Some(Arc::clone(&login));
-                tokio::spawn(Arc::clone(self).log_in(device.clone(), Arc::clone(caller), wanted, login));
-                Ok(outcome)
+        loop {
+            let (mut outcome, is_own) = self.pins.with(device, |entry| match (&entry.login, &wanted) {
+                // Its PIN may be another one than the one that is being tried.
+                (Some(_), WantedPin::This(_)) => Err(Refusal::from(DeviceError::Busy)),
+                (Some(login), _) => Ok((login.subscribe(), false)),
+                (None, _) => {
+                    let login = Arc::new(Outcome::new(1));
+                    let outcome = login.subscribe();
+                    entry.login = Some(Arc::clone(&login));
+                    let wanted = wanted.clone();
+                    tokio::spawn(Arc::clone(self).log_in(device.clone(), Arc::clone(caller), wanted, login));
+                    Ok((outcome, true))
+                }
+            })?;
+            let result = outcome.recv().await.unwrap_or(Err(Refusal::Timeout));
+            // What was given for something else is not meant for this use.
+            if is_own || matches!(wanted, WantedPin::Any) {
+                return result;
             }
-        })?;
-        outcome.recv().await.unwrap_or(Err(Refusal::Timeout))
+        }
     }
 
     /// Locks a device when its PIN has been kept for long enough, unless it was logged in to again.

@@ -396,7 +396,8 @@ impl Vault {
         }
     }
 
-    /// Uses a key on a device: a notice while it waits for a touch, a login when it asks for one, once.
+    /// Uses a key on a device: a notice while it waits for a touch, a login when it asks for one, once; and, for a key that
+    /// wants the PIN given for each use, one use after the other.
     async fn use_device(
         self: &Arc<Self>,
         identity: &Arc<Identity>,
@@ -407,17 +408,23 @@ impl Vault {
         let Errand { caller, operation, deadline, waits_for_place, .. } = errand;
         let mut key = Arc::clone(key);
         let patience = Patience { deadline: Some(*deadline), waits_for_place: *waits_for_place };
-        let mut logged_in = false;
+        let (mut logged_in, mut given, mut turn) = (false, false, None);
         loop {
+            if turn.is_none() {
+                turn = self.pins.turn(device, &key.slot).await;
+            }
             let is_locked = device.state().status.as_ref().is_some_and(|status| status.locked);
             let asks = key.touch && !is_locked && device.is_available();
             let asking = asks.then(|| self.ask_for(Deed::Touch, device, &key, identity, caller, operation));
             let result = device.operate(caller.connection, &key, operation.clone(), patience).await;
             drop(asking);
             match result {
-                Err(error @ (DeviceError::PinRequired | DeviceError::PinEachTime)) if !logged_in => {
-                    let wanted = if error == DeviceError::PinEachTime { WantedPin::GivenNow } else { WantedPin::Any };
-                    self.login(device, caller, wanted).await?;
+                Err(DeviceError::PinEachTime) if turn.is_none() => self.pins.take_turns(device, &key.slot),
+                Err(error @ (DeviceError::PinRequired | DeviceError::PinEachTime))
+                    if !given && (!logged_in || error == DeviceError::PinEachTime) =>
+                {
+                    given = error == DeviceError::PinEachTime;
+                    self.login(device, caller, if given { WantedPin::GivenNow } else { WantedPin::Any }).await?;
                     // A login may have shown what the key can do besides.
                     let held = self.check_same(caller, identity)?;
                     key = Arc::clone(held.on(device).ok_or(Refusal::NoSuchKey)?);

@@ -113,7 +113,7 @@ fn text(found: &Found, report: &Report) -> String {
         text.push_str("The audit log is whole.\n");
     }
     let Report { lines, files, first, last, .. } = report;
-    text.push_str(&format!("{lines} lines in {files} files, from number {first} on; the last is\n"));
+    text.push_str(&format!("Lines: {lines}, from number {first} on; files: {files}. The last line is\n"));
     text.push_str(&format!("{}:{}\n", last.seq, hex(&last.hash)));
     text
 }
