@@ -198,7 +198,7 @@ fn open_store(config: &Config) -> Result<Opened, DaemonError> {
 }
 
 /// The audit log of the configuration. It needs the state, which knows how far it was written. Where keys may be used
-/// without a log, the vault also runs without one.
+/// without a log, the vault also runs without one; it has no stored keys where it has no state.
 fn start_audit(config: &Config, head: Option<audit::Head>, store: &Store) -> Result<Audit, DaemonError> {
     let Some(settings) = audit_settings(config) else { return Ok(Audit::off()) };
     let must = settings.on_full == OnFull::Refuse;
@@ -211,8 +211,8 @@ fn start_audit(config: &Config, head: Option<audit::Head>, store: &Store) -> Res
     }
     match Audit::start(&settings, head, store) {
         Err(error @ AuditError::Io { .. }) if !must => {
-            error!("nothing is written down of the use of keys: {error}");
-            Ok(Audit::off())
+            error!("nothing is written down of the use of keys, until this is started again: {error}");
+            Ok(Audit::broken(&settings))
         }
         started => Ok(started?),
     }

@@ -3,29 +3,21 @@
 //!
 //! The crate `zbus` brings sixty others. What is needed here is a dozen calls a day with strings for arguments.
 
-use std::{
-    io::{self, IoSliceMut},
-    mem::MaybeUninit,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::PathBuf,
-    time::Duration,
-};
+use std::{io, path::PathBuf, time::Duration};
 
-use rustix::{
-    cmsg_space,
-    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
-    process::geteuid,
-};
+use rustix::process::geteuid;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
     time::timeout,
 };
 
-/// The longest message that is taken, in bytes; D-Bus allows 128 MiB.
+/// The longest message that is taken, in bytes.
 const MAX_MESSAGE: usize = 64 * 1024;
-/// The most descriptors that one read takes. The kernel closes those for which there is no room.
-const MAX_DESCRIPTORS: usize = 4;
+/// The longest that D-Bus allows: 128 MiB.
+const LONGEST: u32 = 1 << 27;
+/// The part of a message that says how long it is.
+const HEADER: usize = 16;
 /// The longest line of the handshake, in bytes.
 const MAX_LINE: usize = 1024;
 /// How long an answer may take.
@@ -67,8 +59,6 @@ pub struct Message {
     pub reply_to: u32,
     /// The arguments' types.
     pub signature: String,
-    /// How many descriptors come with it, beside its bytes.
-    pub descriptors: u32,
     /// The arguments.
     pub body: Vec<u8>,
 }
@@ -95,7 +85,7 @@ impl Message {
         self.kind == Some(Kind::Signal) && self.interface == interface && self.member == member
     }
 
-    /// Its bytes on the wire.
+    /// Its bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![b'l', self.kind.map_or(0, |kind| kind as u8), 0, 1];
         out.extend(u32::try_from(self.body.len()).unwrap_or(u32::MAX).to_le_bytes());
@@ -121,11 +111,6 @@ impl Message {
             fields.extend(self.signature.as_bytes());
             fields.push(0);
         }
-        if self.descriptors != 0 {
-            align(&mut fields, 8);
-            fields.extend([9, 1, b'u', 0]);
-            fields.extend(self.descriptors.to_le_bytes());
-        }
         out.extend(u32::try_from(fields.len()).unwrap_or(u32::MAX).to_le_bytes());
         out.extend(fields);
         align(&mut out, 8);
@@ -134,7 +119,7 @@ impl Message {
     }
 
     /// Reads a whole message; `None` for what is none.
-    fn decode(bytes: &[u8]) -> Option<Self> {
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut r = Fields::new(bytes)?;
         let kind = match bytes[1] {
             1 => Some(Kind::Call),
@@ -164,10 +149,8 @@ impl Message {
                 }
                 "u" => {
                     let number = r.u32()?;
-                    match code {
-                        5 => message.reply_to = number,
-                        9 => message.descriptors = number,
-                        _ => {}
+                    if code == 5 {
+                        message.reply_to = number;
                     }
                 }
                 "g" => message.signature = r.signature()?,
@@ -259,15 +242,6 @@ impl<'a> Fields<'a> {
 pub struct Bus {
     stream: UnixStream,
     serial: u32,
-    /// What came with the last message.
-    descriptors: Vec<OwnedFd>,
-}
-
-impl AsFd for Bus {
-    /// The socket, for a message that descriptors go with.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
-    }
 }
 
 impl Bus {
@@ -288,14 +262,13 @@ impl Bus {
         // EXTERNAL: the bus asks the kernel who we are. The uid goes in decimal digits, written in hexadecimal.
         let uid: String = geteuid().as_raw().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
         stream.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).await?;
-        if !line(&mut stream).await?.starts_with("OK ") {
+        let greeted =
+            timeout(PATIENCE, line(&mut stream)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        if !greeted?.starts_with("OK ") {
             return Err(io::Error::other("the bus does not let us in"));
         }
-        // A bus that passes no descriptors says so, and no more is lost than them.
-        stream.write_all(b"NEGOTIATE_UNIX_FD\r\n").await?;
-        line(&mut stream).await?;
         stream.write_all(b"BEGIN\r\n").await?;
-        let mut bus = Self { stream, serial: 0, descriptors: Vec::new() };
+        let mut bus = Self { stream, serial: 0 };
         bus.ask(&Message::call(DBUS, "/org/freedesktop/DBus", DBUS, "Hello", &[])).await?;
         Ok(bus)
     }
@@ -329,58 +302,41 @@ impl Bus {
         timeout(PATIENCE, answer).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
-    /// The next message, whatever it is. Dropped halfway, the connection is of no use any more.
+    /// The next message that can be read here. Others are skipped: anybody may send us some. Dropped halfway, the connection
+    /// is of no use any more.
     pub async fn next(&mut self) -> io::Result<Message> {
-        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
-        self.descriptors.clear();
-        let mut bytes = vec![0; 16];
-        self.fill(&mut bytes).await?;
-        let mut r = Fields::new(&bytes).ok_or_else(invalid)?;
-        let mut length = |at| {
-            r.at = at;
-            r.u32().map(|length| length as usize)
-        };
-        let (body, fields) = (length(4).ok_or_else(invalid)?, length(12).ok_or_else(invalid)?);
-        if body > MAX_MESSAGE || fields > MAX_MESSAGE {
-            return Err(invalid());
-        }
-        bytes.resize(16 + fields.next_multiple_of(8) + body, 0);
-        self.fill(&mut bytes[16..]).await?;
-        Message::decode(&bytes).ok_or_else(invalid)
-    }
-
-    /// The first descriptor that came with the message that [`next`](Self::next) gave last.
-    pub fn take_descriptor(&mut self) -> Option<OwnedFd> {
-        self.descriptors.drain(..).next()
-    }
-
-    /// Reads so many bytes, and keeps the descriptors that come with them.
-    async fn fill(&mut self, mut bytes: &mut [u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            let Self { stream, descriptors, .. } = &mut *self;
-            let n = stream.async_io(Interest::READABLE, || receive(stream, bytes, descriptors)).await?;
-            if n == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+        loop {
+            let mut bytes = vec![0; HEADER];
+            self.stream.read_exact(&mut bytes).await?;
+            let rest = rest_of(&bytes).ok_or(io::ErrorKind::InvalidData)?;
+            if rest > MAX_MESSAGE {
+                let mut skipped = (&mut self.stream).take(rest as u64);
+                if tokio::io::copy(&mut skipped, &mut tokio::io::sink()).await? < rest as u64 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                continue;
             }
-            bytes = &mut bytes[n..];
+            bytes.resize(HEADER + rest, 0);
+            self.stream.read_exact(&mut bytes[HEADER..]).await?;
+            if let Some(message) = Message::decode(&bytes) {
+                return Ok(message);
+            }
         }
-        Ok(())
     }
 }
 
-/// Reads what is there, with descriptors.
-fn receive(stream: &UnixStream, bytes: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let received = recvmsg(stream, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(passed) = message {
-            let room = MAX_DESCRIPTORS.saturating_sub(descriptors.len());
-            descriptors.extend(passed.take(room));
-        }
-    }
-    Ok(received.bytes)
+/// How much comes behind this beginning of a message, in bytes. `None` for what no bus passes on.
+fn rest_of(header: &[u8]) -> Option<usize> {
+    let number = |at: usize| {
+        let bytes = header.get(at..)?.first_chunk().copied()?;
+        let number = match header.first()? {
+            b'l' => u32::from_le_bytes(bytes),
+            b'B' => u32::from_be_bytes(bytes),
+            _ => return None,
+        };
+        (number <= LONGEST).then_some(number as usize)
+    };
+    Some(number(12)?.next_multiple_of(8) + number(4)?)
 }
 
 /// The bus itself, and its interface.
@@ -388,17 +344,14 @@ pub const DBUS: &str = "org.freedesktop.DBus";
 
 /// A line of the handshake.
 async fn line(stream: &mut UnixStream) -> io::Result<String> {
-    let read = async {
-        let mut line = Vec::new();
-        while !line.ends_with(b"\r\n") {
-            if line.len() > MAX_LINE {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            line.push(stream.read_u8().await?);
+    let mut line = Vec::new();
+    while !line.ends_with(b"\r\n") {
+        if line.len() > MAX_LINE {
+            return Err(io::ErrorKind::InvalidData.into());
         }
-        Ok(String::from_utf8_lossy(&line).into_owned())
-    };
-    timeout(PATIENCE, read).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        line.push(stream.read_u8().await?);
+    }
+    Ok(String::from_utf8_lossy(&line).into_owned())
 }
 
 #[cfg(test)]
@@ -416,6 +369,26 @@ mod tests {
         assert_eq!(&bytes[16..24], b"\x01\x01o\0\x15\0\0\0");
         assert_eq!(bytes.len(), 128);
         assert_eq!(Message::decode(&bytes).unwrap(), hello);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_read_is_skipped() {
+        let (stream, mut theirs) = UnixStream::pair().unwrap();
+        let mut bus = Bus { stream, serial: 0 };
+        let mut long = Message::call(DBUS, "/a", DBUS, "Long", &[]);
+        long.body = vec![0; MAX_MESSAGE + 1];
+        let mut foreign = Message::call(DBUS, "/a", DBUS, "Foreign", &[]).encode();
+        foreign[0] = b'B';
+        foreign[4..16].chunks_mut(4).for_each(<[u8]>::reverse);
+        let mut mangled = Message::call(DBUS, "/a", DBUS, "Mangled", &[]).encode();
+        mangled[17] = 9;
+        let wanted = Message::call(DBUS, "/a", DBUS, "Wanted", &[]);
+        let bytes = [long.encode(), foreign, mangled, wanted.encode()].concat();
+        let (sent, heard) = tokio::join!(theirs.write_all(&bytes), bus.next());
+        sent.unwrap();
+        assert_eq!(heard.unwrap(), wanted);
+        theirs.write_all(b"l\x01\0\x01\xff\xff\xff\xff\0\0\0\0\0\0\0\0").await.unwrap();
+        assert_eq!(bus.next().await.unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]
@@ -437,7 +410,7 @@ mod tests {
         #[test]
         fn messages_round_trip(path in "/[a-z/]{0,20}", member in "[A-Za-z]{1,20}", args in prop::collection::vec("[^\0]{0,20}", 0..4)) {
             let args: Vec<&str> = args.iter().map(String::as_str).collect();
-            let message = Message { serial: 7, reply_to: 3, descriptors: 2, ..Message::call(DBUS, &path, "a.b", &member, &args) };
+            let message = Message { serial: 7, reply_to: 3, ..Message::call(DBUS, &path, "a.b", &member, &args) };
             prop_assert_eq!(Message::decode(&message.encode()), Some(message));
         }
 

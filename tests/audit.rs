@@ -209,6 +209,38 @@ fn limit(daemon: &Daemon<'_>, bytes: Option<u64>) {
 }
 
 #[test]
+fn without_a_log_stored_keys_are_used_or_refused_as_configured() {
+    for (choice, refused) in [("", true), ("on_full = \"warn\"", false)] {
+        let mut home = Home::with_cheap_tries();
+        let log = home.path("lines");
+        home.configure(&format!("[audit]\npath = {log:?}\n{choice}"));
+        let daemon = home.start();
+        cli(&home, &["init", "--stdin"]);
+        cli(&home, &["key", "generate", "store", "ed25519", "--label", "stored"]);
+        let stored = daemon.connect().list().remove(0).0;
+        assert!(daemon.end(Signal::TERM).success());
+        fs::remove_dir_all(&log).unwrap();
+        fs::write(&log, "").unwrap();
+
+        let daemon = home.start();
+        daemon.logs("nothing is written down of the use of keys");
+        cli(&home, &["unlock", "store", "--stdin"]);
+        let used = daemon.connect_service().ask(&use_key(ssh(&stored, b"data"), 0));
+        if refused {
+            assert_eq!(used.code(), Code::Full);
+        } else {
+            used.bytes();
+        }
+        // What is not stored, and what makes keys safer, is served.
+        let (mut client, key) = (daemon.connect(), Key::random());
+        client.add(&key, "key", &[]);
+        client.sign(&key);
+        assert_eq!(client.request(&message(LOCK, &[b"sesame"])), [SUCCESS]);
+        assert!(daemon.end(Signal::TERM).success());
+    }
+}
+
+#[test]
 fn on_a_full_disk_keys_are_used_or_refused_as_configured() {
     // Without a choice, uses of stored keys are refused.
     for on_full in ["refuse", "warn", ""] {

@@ -571,7 +571,7 @@ fn a_key_lives_at_the_command_line() {
     cli(&home, "key allow vote").fails_with(2);
     // Without a terminal nothing is asked, and another name deletes nothing.
     cli(&home, "key delete vote").fails_with(5);
-    cli(&home, "key delete vote --name other").fails_with(10);
+    cli(&home, "key delete vote --name other").fails_with(2);
     let mut terminal = Terminal::start(&home, "key delete vote");
     terminal.shows("Its name again, or its fingerprint: ");
     terminal.types("vote\r");

@@ -6,11 +6,12 @@ mod support;
 
 use std::{
     fs,
-    io::{BufRead, BufReader, IoSlice, PipeReader, Read, pipe},
+    io::{BufRead, BufReader, IoSlice, PipeReader, Read, Write, pipe},
     mem::MaybeUninit,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::net::UnixStream},
     path::Path,
     process::{Child, Command, Stdio},
+    time::Duration,
 };
 
 use rustix::{
@@ -24,10 +25,7 @@ use strongroom::{
     dbus::{Bus, DBUS, Kind, Message},
 };
 use support::{PATIENCE, client::Client, daemon::Home, eventually};
-use tokio::{
-    runtime::{Builder, Runtime},
-    time::timeout,
-};
+use tokio::runtime::{Builder, Runtime};
 
 const LOGIND: &str = "org.freedesktop.login1";
 const SESSION: &str = "/org/freedesktop/login1/session/_32";
@@ -72,87 +70,37 @@ struct Logind {
 }
 
 impl Logind {
-    /// Somebody on the bus who is not logind.
-    fn connect(address: &str) -> Self {
-        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-        let bus = runtime.block_on(Bus::connect(address)).unwrap();
-        Self { runtime, bus }
-    }
-
     fn start(address: &str) -> Self {
-        let Self { runtime, mut bus } = Self::connect(address);
-        runtime.block_on(async {
-            let mut request = Message::call(DBUS, "/org/freedesktop/DBus", DBUS, "RequestName", &[LOGIND]);
-            request.signature.push('u');
-            request.body.resize(request.body.len().next_multiple_of(4), 0);
-            request.body.extend([0; 4]);
-            bus.ask(&request).await.unwrap();
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let bus = runtime.block_on(async {
+            let mut bus = Bus::connect(address).await.unwrap();
+            bus.ask(&request_name()).await.unwrap();
+            bus
         });
         Self { runtime, bus }
     }
 
-    fn tell(&mut self, signal: Message) {
-        self.runtime.block_on(self.bus.send(&Message { kind: Some(Kind::Signal), ..signal })).unwrap();
-    }
-
     fn sleep(&mut self, begins: bool) {
-        self.tell(prepare_for_sleep(begins));
+        self.runtime.block_on(self.bus.send(&prepare_for_sleep(begins))).unwrap();
     }
 
     /// Locks a session, and says nothing else.
     fn lock(&mut self) {
-        self.tell(Message {
-            path: SESSION.to_owned(),
-            interface: "org.freedesktop.login1.Session".to_owned(),
-            member: "Lock".to_owned(),
-            ..Message::default()
-        });
-    }
-
-    /// Waits for a call of this method.
-    fn called(&mut self, member: &str) -> Message {
-        let called = async {
-            loop {
-                let message = self.bus.next().await.unwrap();
-                if message.kind == Some(Kind::Call) && message.member == member {
-                    break message;
-                }
-            }
-        };
-        self.runtime.block_on(async { timeout(PATIENCE, called).await.expect("nobody calls") })
+        self.runtime.block_on(self.bus.send(&signal(SESSION, "org.freedesktop.login1.Session", "Lock"))).unwrap();
     }
 
     /// Waits until somebody asks whose a session is.
     fn asked(&mut self) -> Message {
-        let asked = self.called("Get");
+        let asked = self.runtime.block_on(async {
+            loop {
+                let message = self.bus.next().await.unwrap();
+                if message.kind == Some(Kind::Call) && message.member == "Get" {
+                    break message;
+                }
+            }
+        });
         assert_eq!((asked.path.as_str(), asked.signature.as_str()), (SESSION, "ss"));
         asked
-    }
-
-    /// Waits until somebody wants sleep to wait, and lets it: until what is returned is at its end. With it, who that is.
-    fn delayed(&mut self) -> (PipeReader, String) {
-        let asked = self.called("Inhibit");
-        assert_eq!((asked.path.as_str(), asked.signature.as_str()), ("/org/freedesktop/login1", "ssss"));
-        assert!(asked.body.starts_with(b"\x05\0\0\0sleep\0") && asked.body.ends_with(b"\x05\0\0\0delay\0"));
-        let (lock, held) = pipe().unwrap();
-        let answer = Message {
-            kind: Some(Kind::Return),
-            destination: asked.sender.clone(),
-            serial: 1000,
-            reply_to: asked.serial,
-            signature: "h".to_owned(),
-            descriptors: 1,
-            body: vec![0; 4],
-            ..Message::default()
-        };
-        let bytes = answer.encode();
-        let held = [held.as_fd()];
-        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        assert!(control.push(SendAncillaryMessage::ScmRights(&held)));
-        let sent = sendmsg(&self.bus, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL).unwrap();
-        assert_eq!(sent, bytes.len());
-        (lock, asked.sender)
     }
 
     /// Locks a session, and says whose it is when that is asked.
@@ -176,15 +124,114 @@ impl Logind {
     }
 }
 
-fn prepare_for_sleep(begins: bool) -> Message {
+/// A logind that lets sleep wait: on a connection that passes descriptors.
+struct Sleeper(UnixStream);
+
+impl Sleeper {
+    fn start(address: &str) -> Self {
+        let path = address.strip_prefix("unix:path=").unwrap().split(',').next().unwrap();
+        let mut this = Self(UnixStream::connect(path).unwrap());
+        this.0.set_read_timeout(Some(PATIENCE)).unwrap();
+        let uid: String = geteuid().as_raw().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
+        for (said, answer) in
+            [(format!("\0AUTH EXTERNAL {uid}"), "OK "), ("NEGOTIATE_UNIX_FD".to_owned(), "AGREE_UNIX_FD")]
+        {
+            this.0.write_all(format!("{said}\r\n").as_bytes()).unwrap();
+            assert!(this.line().starts_with(answer));
+        }
+        this.0.write_all(b"BEGIN\r\n").unwrap();
+        this.send(&Message::call(DBUS, "/org/freedesktop/DBus", DBUS, "Hello", &[]));
+        this.send(&request_name());
+        this
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            let mut byte = [0];
+            self.0.read_exact(&mut byte).unwrap();
+            line.extend(byte);
+        }
+        String::from_utf8(line).unwrap()
+    }
+
+    fn send(&mut self, message: &Message) {
+        self.0.write_all(&Message { serial: 1, ..message.clone() }.encode()).unwrap();
+    }
+
+    /// The bytes of the next message.
+    fn next(&mut self) -> Vec<u8> {
+        let mut bytes = vec![0; 16];
+        self.0.read_exact(&mut bytes).unwrap();
+        let number = |at: usize| u32::from_le_bytes(*bytes[at..].first_chunk().unwrap()) as usize;
+        let rest = number(12).next_multiple_of(8) + number(4);
+        bytes.resize(16 + rest, 0);
+        self.0.read_exact(&mut bytes[16..]).unwrap();
+        bytes
+    }
+
+    /// Waits until somebody wants sleep to wait, and lets it: until what is returned is at its end.
+    fn delayed(&mut self) -> PipeReader {
+        let asked = loop {
+            let message = Message::decode(&self.next()).unwrap();
+            if message.kind == Some(Kind::Call) && message.member == "Inhibit" {
+                break message;
+            }
+        };
+        assert_eq!((asked.path.as_str(), asked.signature.as_str()), ("/org/freedesktop/login1", "ssss"));
+        assert!(asked.body.starts_with(b"\x05\0\0\0sleep\0") && asked.body.ends_with(b"\x05\0\0\0delay\0"));
+        let answer = Message {
+            kind: Some(Kind::Return),
+            serial: 1,
+            destination: asked.sender,
+            reply_to: asked.serial,
+            signature: "h".to_owned(),
+            ..Message::default()
+        };
+        // With how many descriptors there are behind the other fields, and the number of one for an argument.
+        let mut bytes = answer.encode();
+        bytes.extend([9, 1, b'u', 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        let fields = u32::try_from(bytes.len() - 16 - 4).unwrap();
+        bytes[12..16].copy_from_slice(&fields.to_le_bytes());
+        bytes[4..8].copy_from_slice(&4u32.to_le_bytes());
+        let (lock, held) = pipe().unwrap();
+        let held = [held.as_fd()];
+        let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&held)));
+        let sent = sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL).unwrap();
+        assert_eq!(sent, bytes.len());
+        lock
+    }
+}
+
+fn request_name() -> Message {
+    let mut request = Message::call(DBUS, "/org/freedesktop/DBus", DBUS, "RequestName", &[LOGIND]);
+    request.signature.push('u');
+    request.body.resize(request.body.len().next_multiple_of(4), 0);
+    request.body.extend([0; 4]);
+    request
+}
+
+fn signal(path: &str, interface: &str, member: &str) -> Message {
     Message {
-        path: "/org/freedesktop/login1".to_owned(),
-        interface: "org.freedesktop.login1.Manager".to_owned(),
-        member: "PrepareForSleep".to_owned(),
-        signature: "b".to_owned(),
-        body: vec![u8::from(begins), 0, 0, 0],
+        kind: Some(Kind::Signal),
+        path: path.to_owned(),
+        interface: interface.to_owned(),
+        member: member.to_owned(),
         ..Message::default()
     }
+}
+
+fn prepare_for_sleep(begins: bool) -> Message {
+    let signal = signal("/org/freedesktop/login1", "org.freedesktop.login1.Manager", "PrepareForSleep");
+    Message { signature: "b".to_owned(), body: vec![u8::from(begins), 0, 0, 0], ..signal }
+}
+
+/// Whether sleep may begin, within this time.
+fn may_sleep(lock: &PipeReader, patience: Duration) -> bool {
+    let patience = Timespec::try_from(patience).unwrap();
+    poll(&mut [PollFd::new(lock, PollFlags::IN)], Some(&patience)).unwrap() > 0
 }
 
 fn is_open(client: &mut Client) -> bool {
@@ -250,32 +297,39 @@ fn sleep_and_a_locked_session_lock_the_store() {
 fn sleep_waits_until_the_store_is_locked() {
     let mut home = Home::new();
     let bus = Daemon::start(&home.path(""));
-    let mut logind = Logind::start(&bus.address);
+    let mut logind = Sleeper::start(&bus.address);
     listen_to(&bus, &mut home);
-    let (_daemon, mut client) = start(&home);
-    let (mut lock, daemon) = logind.delayed();
+    let (daemon, mut client) = start(&home);
     for _ in 0..2 {
-        assert_eq!(
-            poll(&mut [PollFd::new(&lock, PollFlags::IN)], Some(&Timespec::default())),
-            Ok(0),
-            "sleep is let go while the store is open"
-        );
-        logind.sleep(true);
-        assert_eq!(lock.read(&mut [0]).unwrap(), 0);
+        let lock = logind.delayed();
+        // By the same way, it is there before what comes then.
+        logind.send(&signal(SESSION, "org.freedesktop.login1.Session", "Unlock"));
+        assert!(is_open(&mut client) && !may_sleep(&lock, Duration::ZERO));
+        logind.send(&prepare_for_sleep(true));
+        assert!(may_sleep(&lock, PATIENCE));
         assert!(!is_open(&mut client));
-        logind.sleep(false);
-        (lock, _) = logind.delayed();
+        logind.send(&prepare_for_sleep(false));
         unlock(&mut client);
     }
-    // Who is not logind locks the store, and no more: the next sleep waits as well.
-    let mut stranger = Logind::connect(&bus.address);
-    stranger.tell(Message { destination: daemon, ..prepare_for_sleep(true) });
-    eventually("a stranger locks", || !is_open(&mut client));
-    let (mut lock, _) = logind.delayed();
-    unlock(&mut client);
-    logind.sleep(true);
-    assert_eq!(lock.read(&mut [0]).unwrap(), 0);
-    assert!(!is_open(&mut client));
+    let lock = logind.delayed();
+    // Nobody else makes it sleep, or lock.
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    let mut stranger = runtime.block_on(Bus::connect(&bus.address)).unwrap();
+    let names = Message::call(DBUS, "/org/freedesktop/DBus", DBUS, "ListNames", &[]);
+    let names = runtime.block_on(stranger.ask(&names)).unwrap().body;
+    let names =
+        names.split(|byte| !byte.is_ascii_digit() && !b":.".contains(byte)).filter(|name| name.starts_with(b":"));
+    for name in names.map(|name| String::from_utf8(name.to_vec()).unwrap()) {
+        let signal = Message { destination: name, ..prepare_for_sleep(true) };
+        runtime.block_on(stranger.send(&signal)).unwrap();
+    }
+    logind.send(&signal(SESSION, "org.freedesktop.login1.Session", "Lock"));
+    // Whose session that is, the daemon asks behind what the stranger said.
+    while Message::decode(&logind.next()).is_none_or(|message| message.member != "Get") {}
+    assert!(is_open(&mut client) && !may_sleep(&lock, Duration::ZERO));
+    // It lets go when it ends, and when it is killed.
+    daemon.end(Signal::KILL);
+    assert!(may_sleep(&lock, PATIENCE));
 }
 
 #[test]

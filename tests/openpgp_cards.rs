@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::Signal;
+use rustix::process::{Signal, kill_process};
 use strongroom::{
     agent::message::{Code, DeviceEntry, KeyEntry, Name, Page, Request, Target},
     devices::{DecryptScheme, DeriveScheme, Scheme},
@@ -223,6 +223,16 @@ fn a_card_that_wants_its_pin_for_each_signature_has_it_asked_for_each() {
         client.hear(Name::Sign).bytes();
     }
     assert!(!askpass.has_asked());
+    // Nor after the card's process has been started again, which has no PIN.
+    let host = || daemon.hosts().into_iter().find(|(_, name)| name != "readers").map(|(pid, _)| pid);
+    let before = host().unwrap();
+    kill_process(before, Signal::KILL).unwrap();
+    eventually("another process", || host().is_some_and(|now| now != before));
+    becomes(&daemon, A.0, "ready");
+    client.tell(&request());
+    assert!(askpass.next().text.contains("for each use"));
+    askpass.answer(0, PIN);
+    client.hear(Name::Sign).bytes();
     client.tell(&request());
     askpass.next();
     askpass.answer(1, "");

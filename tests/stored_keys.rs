@@ -218,7 +218,7 @@ fn certificates_are_offered_replaced_and_dropped_when_they_expire() {
         .ok();
         cli(&home, &["key", "attach", "work-cert.pub"])
     };
-    certify("1", "-2h:-1h").fails_with(10);
+    certify("1", "-2h:-1h").fails_with(2);
     certify("1", "+1h").ok();
     assert_eq!(daemon.connect().list().len(), 2);
     certify("2", "+2h").ok();

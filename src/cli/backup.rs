@@ -11,7 +11,7 @@ use super::{
     CliError,
     connection::Connection,
     input,
-    output::{note, print, print_json},
+    output::{keys_are, note, print, print_json},
     parcel,
     proof::{self, Proof},
 };
@@ -55,17 +55,16 @@ impl Backup {
             parcel::write(&self.file, &bytes, self.force)?;
             let PackedEntry { keys, left_out, damaged, .. } = packed;
             if left_out > 0 {
-                note(&format!("{left_out} keys are not exportable, and only in backups without --to"));
+                note(&format!("{} not exportable, and only in backups without --to", keys_are(left_out)));
             }
             if damaged > 0 {
-                note(&format!(
-                    "{damaged} keys are missing, since they do not open or could not be listed; the log names them"
-                ));
+                let missing = keys_are(damaged);
+                note(&format!("{missing} missing: what does not open or could not be listed; the log says which"));
             }
             if self.connection.json {
                 return print_json(&json!({ "keys": keys, "left_out": left_out, "damaged": damaged }));
             }
-            print(&format!("{keys} keys are in {}.\n", self.file.display()))
+            print(&format!("{} in {}.\n", keys_are(keys), self.file.display()))
         })
     }
 }
@@ -118,11 +117,15 @@ impl Restore {
 pub(super) fn told(taken: TakenInEntry, as_json: bool) -> Result<(), CliError> {
     let TakenInEntry { new, present, damaged } = taken;
     if damaged > 0 {
-        note(&format!("{damaged} keys are damaged and were left out; the daemon's log says why"));
+        note(&format!("{} damaged and left out; the daemon's log says why", keys_are(damaged)));
     }
     if as_json {
         return print_json(&json!({ "new": new, "present": present, "damaged": damaged }));
     }
-    let here = if present > 0 { format!("; {present} were here and stay as they are") } else { String::new() };
-    print(&format!("{new} keys are new in the store{here}.\n"))
+    let here = match present {
+        0 => String::new(),
+        1 => "; 1 was here and stays as it is".to_owned(),
+        _ => format!("; {present} were here and stay as they are"),
+    };
+    print(&format!("{} new in the store{here}.\n", keys_are(new)))
 }

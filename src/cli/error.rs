@@ -66,7 +66,8 @@ impl From<Code> for Exit {
             Code::PinWrong | Code::PinBlocked | Code::WrongPassword => Self::PinRefused,
             Code::Timeout | Code::NotTouched => Self::Timeout,
             Code::Absent | Code::Busy | Code::Restarted | Code::Cancelled | Code::Full => Self::NotNow,
-            Code::Unsupported | Code::TooLong | Code::BadRequest => Self::Unsupported,
+            Code::Unsupported | Code::TooLong => Self::Unsupported,
+            Code::BadRequest => Self::Usage,
             Code::NotLocked | Code::Failed => Self::Failed,
         }
     }

@@ -31,6 +31,11 @@ pub(super) struct Encoded {
     out: Option<PathBuf>,
 }
 
+/// `1 key is`, `2 keys are`.
+pub(super) fn keys_are(count: u32) -> String {
+    if count == 1 { "1 key is".to_owned() } else { format!("{count} keys are") }
+}
+
 /// A line on standard error, beside the result.
 pub(super) fn note(text: &str) {
     // Who does not read it does not miss it.

@@ -1,19 +1,26 @@
 //! What logind tells of this machine's sleep and of its owner's sessions, and that the encrypted store is locked then. Knows
 //! logind's objects; not how a message looks.
 
-use std::{collections::HashSet, io, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    io::{self, PipeWriter, pipe},
+    os::unix::process::ExitStatusExt,
+    process::{Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
 
-use rustix::process::geteuid;
+use rustix::process::{Signal, geteuid};
 use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use crate::{
     dbus::{Bus, Kind, Message},
+    sys::spawn::{self, Child},
     vault::{STORE, Vault},
 };
 
 const LOGIND: &str = "org.freedesktop.login1";
-const OBJECT: &str = "/org/freedesktop/login1";
 const MANAGER: &str = "org.freedesktop.login1.Manager";
 const SESSION: &str = "org.freedesktop.login1.Session";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
@@ -64,9 +71,9 @@ async fn listen(vault: &Vault, on: LockOn, told: &mut bool) -> io::Result<std::c
     }
     *told = false;
     info!("the store is locked when logind says so");
-    let mut delay = Delay::default();
+    let mut delay = None;
     if on.sleep {
-        delay.ask(&mut bus).await?;
+        delay = Delay::begin().await;
     }
     let mut asked = HashSet::new();
     let heard = hear(&mut bus, vault, on, &mut asked, &mut delay).await;
@@ -76,45 +83,58 @@ async fn listen(vault: &Vault, on: LockOn, told: &mut bool) -> io::Result<std::c
     heard
 }
 
-/// The machine's sleep, which waits until the store is locked: an inhibitor lock of logind's in mode `delay`. For so long as
-/// logind lets anybody delay it, which is five seconds (logind.conf(5), InhibitDelayMaxSec).
-#[derive(Default)]
+/// That the machine's sleep waits until the store is locked: `systemd-inhibit` with a lock of mode `delay`, for as long as
+/// this lives. A program of its own, since logind's lock is a descriptor: on a connection that takes any, everybody on the
+/// bus could have us close one that blocks. logind waits no longer than it lets anybody delay it (logind.conf(5),
+/// InhibitDelayMaxSec), which is five seconds.
 struct Delay {
-    /// The call that asks for it, until it is answered.
-    asked: Option<u32>,
-    /// The lock itself: it ends when this is closed.
-    held: Option<OwnedFd>,
-    /// The unique name of who answered last.
-    logind: String,
+    _program: Child,
+    /// What the program runs reads this to its end: it ends with us, however that is.
+    _alive: PipeWriter,
 }
 
 impl Delay {
-    async fn ask(&mut self, bus: &mut Bus) -> io::Result<()> {
-        let args = ["sleep", "Strongroom", "The store of keys is locked first", "delay"];
-        self.asked = Some(bus.send(&Message::call(LOGIND, OBJECT, MANAGER, "Inhibit", &args)).await?);
-        Ok(())
-    }
-
-    /// Whether this is the answer: then it has been taken.
-    fn answered(&mut self, bus: &mut Bus, message: &Message) -> bool {
-        let is_answer =
-            matches!(message.kind, Some(Kind::Return | Kind::Error)) && self.asked == Some(message.reply_to);
-        if is_answer {
-            self.asked = None;
-            self.held = bus.take_descriptor();
-            if self.held.is_none() && self.logind.is_empty() {
-                warn!("logind does not let sleep wait: the machine may sleep before the store is locked");
+    async fn begin() -> Option<Self> {
+        match Self::start().await {
+            Ok(delay) => Some(delay),
+            Err(error) => {
+                unguarded(&format!("systemd-inhibit cannot be run: {error}"));
+                None
             }
-            self.logind.clone_from(&message.sender);
         }
-        is_answer
     }
 
-    /// The store is locked, and the machine may sleep. Who told us that it will may be anybody: only logind wakes it, too.
-    async fn end(&mut self, bus: &mut Bus, teller: &str) -> io::Result<()> {
-        (self.asked, self.held) = (None, None);
-        if teller == self.logind { Ok(()) } else { self.ask(bus).await }
+    async fn start() -> io::Result<Self> {
+        let (stdin, alive) = pipe()?;
+        let mut command = Command::new("systemd-inhibit");
+        command
+            .args([
+                "--what=sleep",
+                "--mode=delay",
+                "--who=Strongroom",
+                "--why=The store of keys is locked first",
+                "cat",
+            ])
+            .stdin(stdin)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let program = spawn::spawn(command).await?;
+        let exited = program.exited();
+        tokio::spawn(async move {
+            let status = exited.await;
+            // By our own hand it ends by a signal, or with the pipe.
+            let is_ours =
+                status.is_none_or(|status| status.success() || status.signal() == Some(Signal::KILL.as_raw()));
+            if !is_ours {
+                unguarded("logind lets nobody delay it, or systemd-inhibit was ended");
+            }
+        });
+        Ok(Self { _program: program, _alive: alive })
     }
+}
+
+fn unguarded(why: &str) {
+    warn!("the machine may sleep before the store is locked: {why}");
 }
 
 /// Hears what comes. Only a session that logind says is somebody else's leaves the store open: where it does not say whose,
@@ -124,21 +144,20 @@ async fn hear(
     vault: &Vault,
     on: LockOn,
     asked: &mut HashSet<u32>,
-    delay: &mut Delay,
+    delay: &mut Option<Delay>,
 ) -> io::Result<std::convert::Infallible> {
     loop {
         let message = bus.next().await?;
-        if delay.answered(bus, &message) {
-            continue;
-        }
-        // Anybody may send us a signal. All that comes of it is a locked store. An answer comes from whom we asked: the bus
-        // passes on no other.
-        if on.sleep && message.is_signal(MANAGER, "PrepareForSleep") {
+        // logind tells everybody; who tells us alone is somebody else. An answer comes from whom we asked: the bus passes on
+        // no other.
+        if message.kind == Some(Kind::Signal) && !message.destination.is_empty() {
+            debug!(sender = message.sender, "a signal that is not logind's");
+        } else if on.sleep && message.is_signal(MANAGER, "PrepareForSleep") {
             if message.boolean() == Some(true) {
                 lock_now(vault, "the machine goes to sleep");
-                delay.end(bus, &message.sender).await?;
+                *delay = None;
             } else {
-                delay.ask(bus).await?;
+                *delay = Delay::begin().await;
             }
         } else if on.session && message.is_signal(SESSION, "Lock") {
             if asked.len() >= MAX_ASKED {

@@ -6,13 +6,16 @@ use std::{
     io::Read,
     path::{Path, PathBuf},
     pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use secrecy::{ExposeSecret, SecretString};
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, broadcast},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast},
     task::{JoinSet, spawn_blocking},
     time::{sleep, timeout},
 };
@@ -84,7 +87,46 @@ struct Entry {
     /// How long one is kept; `None`: until the token goes or somebody locks it or the vault.
     lifetime: Option<Duration>,
     /// Whose turn it is to use a key that wants the PIN given for each use: what is given for one must not serve another.
-    turns: BTreeMap<Slot, Arc<Semaphore>>,
+    turns: BTreeMap<Slot, Arc<Turns>>,
+    /// Tells those who cannot use what a login under way will give that it is over.
+    login_over: Arc<Notify>,
+}
+
+/// The uses of a key, one after the other.
+struct Turns {
+    place: Arc<Semaphore>,
+    /// Whether a PIN was given for a use that nothing came of: the device may still have it.
+    is_left: AtomicBool,
+}
+
+/// The turn of one use. Dropping it ends it.
+pub(super) struct Turn {
+    turns: Arc<Turns>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Turn {
+    /// Whether the device may have a PIN that was given for an earlier use, and would take it for this one.
+    pub(super) fn has_leftover(&self) -> bool {
+        self.turns.is_left.load(Ordering::Relaxed)
+    }
+
+    /// A PIN is given now.
+    pub(super) fn gives(&self) {
+        self.turns.is_left.store(true, Ordering::Relaxed);
+    }
+
+    /// The key was used, and with it what was given.
+    pub(super) fn used(&self) {
+        self.turns.is_left.store(false, Ordering::Relaxed);
+    }
+}
+
+impl Entry {
+    fn end_login(&mut self) {
+        self.login = None;
+        self.login_over.notify_waiters();
+    }
 }
 
 /// Those who wait are told in the order of their waiting, so that simulations replay.
@@ -104,13 +146,21 @@ impl Pins {
 
     /// Has the uses of a key take turns from now on, each with a PIN of its own.
     pub(super) fn take_turns(&self, device: &Device, slot: &Slot) {
-        self.with(device, |entry| _ = entry.turns.entry(slot.clone()).or_insert_with(|| Arc::new(Semaphore::new(1))));
+        let turns = || Arc::new(Turns { place: Arc::new(Semaphore::new(1)), is_left: AtomicBool::new(false) });
+        self.with(device, |entry| _ = entry.turns.entry(slot.clone()).or_insert_with(turns));
     }
 
-    /// Waits for its turn, and has it until the result is dropped. `None` for a key whose uses take none.
-    pub(super) async fn turn(&self, device: &Device, slot: &Slot) -> Option<OwnedSemaphorePermit> {
+    /// Waits for its turn. `None` for a key whose uses take none, and when the device is of no use any more.
+    pub(super) async fn turn(&self, device: &Device, slot: &Slot) -> Option<Turn> {
         let turns = self.with(device, |entry| entry.turns.get(slot).cloned())?;
-        turns.acquire_owned().await.ok()
+        let mut states = device.watch();
+        let is_gone = |state: &Arc<DeviceState>| matches!(state.health, Health::Absent | Health::Failed(_));
+        let place = tokio::select! {
+            biased;
+            place = Arc::clone(&turns.place).acquire_owned() => place.ok()?,
+            _ = states.wait_for(is_gone) => return None,
+        };
+        Some(Turn { turns, _place: place })
     }
 
     fn with<T>(&self, device: &Device, act: impl FnOnce(&mut Entry) -> T) -> T {
@@ -211,7 +261,12 @@ impl Vault {
         pin: SecretString,
     ) -> Result<(), Refusal> {
         self.check_open()?;
-        self.join_login(device, caller, WantedPin::This(pin)).await
+        self.join_login(device, caller, WantedPin::This(pin)).await?;
+        // It is meant for whatever comes.
+        self.pins.with(device, |entry| {
+            entry.turns.values().for_each(|turns| turns.is_left.store(false, Ordering::Relaxed));
+        });
+        Ok(())
     }
 
     async fn join_login(
@@ -221,23 +276,24 @@ impl Vault {
         wanted: WantedPin,
     ) -> Result<(), Refusal> {
         loop {
-            let (mut outcome, is_own) = self.pins.with(device, |entry| match (&entry.login, &wanted) {
+            let joined = self.pins.with(device, |entry| match (&entry.login, &wanted) {
                 // Its PIN may be another one than the one that is being tried.
                 (Some(_), WantedPin::This(_)) => Err(Refusal::from(DeviceError::Busy)),
-                (Some(login), _) => Ok((login.subscribe(), false)),
+                // What is given for something else is not meant for this use.
+                (Some(_), WantedPin::GivenNow) => Ok(Err(Arc::clone(&entry.login_over).notified_owned())),
+                (Some(login), WantedPin::Any) => Ok(Ok(login.subscribe())),
                 (None, _) => {
                     let login = Arc::new(Outcome::new(1));
                     let outcome = login.subscribe();
                     entry.login = Some(Arc::clone(&login));
                     let wanted = wanted.clone();
                     tokio::spawn(Arc::clone(self).log_in(device.clone(), Arc::clone(caller), wanted, login));
-                    Ok((outcome, true))
+                    Ok(Ok(outcome))
                 }
             })?;
-            let result = outcome.recv().await.unwrap_or(Err(Refusal::Timeout));
-            // What was given for something else is not meant for this use.
-            if is_own || matches!(wanted, WantedPin::Any) {
-                return result;
+            match joined {
+                Ok(mut outcome) => return outcome.recv().await.unwrap_or(Err(Refusal::Timeout)),
+                Err(over) => over.await,
             }
         }
     }
@@ -298,7 +354,7 @@ impl Vault {
             let nobody_came_back = self.pins.with(&device, |entry| {
                 let nobody = outcome.receiver_count() == 0;
                 if nobody {
-                    entry.login = None;
+                    entry.end_login();
                 }
                 nobody
             });
@@ -310,7 +366,7 @@ impl Vault {
             (Ok(candidate), Ok(())) => self.try_pin(&device, &caller, candidate).await,
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
-        self.pins.with(&device, |entry| entry.login = None);
+        self.pins.with(&device, Entry::end_login);
         let _ = outcome.send(result);
     }
 

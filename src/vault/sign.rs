@@ -14,7 +14,7 @@ use super::{
     audit::{MEMORY, Note},
     key::{Caller, Grants, Identity, Place, PrivateKey},
     person,
-    pins::WantedPin,
+    pins::{Turn, WantedPin},
     policy::{self, Refusal, Verdict},
     stored::{STORE, StoredKey},
     unix_now,
@@ -416,15 +416,26 @@ impl Vault {
             let is_locked = device.state().status.as_ref().is_some_and(|status| status.locked);
             let asks = key.touch && !is_locked && device.is_available();
             let asking = asks.then(|| self.ask_for(Deed::Touch, device, &key, identity, caller, operation));
-            let result = device.operate(caller.connection, &key, operation.clone(), patience).await;
+            let result = if !given && turn.as_ref().is_some_and(Turn::has_leftover) {
+                Err(DeviceError::PinEachTime)
+            } else {
+                device.operate(caller.connection, &key, operation.clone(), patience).await
+            };
             drop(asking);
             match result {
                 Err(DeviceError::PinEachTime) if turn.is_none() => self.pins.take_turns(device, &key.slot),
-                Err(error @ (DeviceError::PinRequired | DeviceError::PinEachTime))
-                    if !given && (!logged_in || error == DeviceError::PinEachTime) =>
+                Err(DeviceError::PinRequired | DeviceError::PinEachTime)
+                    if !given && (turn.is_some() || !logged_in) =>
                 {
-                    given = error == DeviceError::PinEachTime;
-                    self.login(device, caller, if given { WantedPin::GivenNow } else { WantedPin::Any }).await?;
+                    let wanted = match &turn {
+                        Some(turn) => {
+                            turn.gives();
+                            given = true;
+                            WantedPin::GivenNow
+                        }
+                        None => WantedPin::Any,
+                    };
+                    self.login(device, caller, wanted).await?;
                     // A login may have shown what the key can do besides.
                     let held = self.check_same(caller, identity)?;
                     key = Arc::clone(held.on(device).ok_or(Refusal::NoSuchKey)?);
@@ -435,7 +446,12 @@ impl Vault {
                     self.accepted_pin_refused(device).await;
                     return Err(error.into());
                 }
-                result => return Ok(result?),
+                result => {
+                    if let (Ok(_), Some(turn)) = (&result, &turn) {
+                        turn.used();
+                    }
+                    return Ok(result?);
+                }
             }
         }
     }

@@ -61,7 +61,7 @@ pub enum TransferError {
     #[error("the wrap answers none of this vault's offers: each is good for one wrap and 24 hours")]
     UnknownOffer,
     /// These keys may not leave their store.
-    #[error("{} of the keys are not exportable and stay where they are", .0.len())]
+    #[error("{} of these keys cannot leave the store: only keys made with `--exportable` can", .0.len())]
     NotExportable(Vec<KeyId>),
     /// No key was chosen.
     #[error("there is no key to transfer")]

@@ -490,7 +490,7 @@ mod tests {
         // What one read takes ends behind the second call, at its end, in it, or before it.
         let frames = [100, READ_SIZE - signing(2, b"next").len(), READ_SIZE - 1, READ_SIZE];
         // A lane that does not wait yet finds the second call by itself: most rounds have none.
-        for frame in frames.repeat(20) {
+        for frame in frames.repeat(5) {
             let (mut daemon, (watcher, _)) = opened();
             (1..=3).for_each(|id| daemon.sign(id, b"together"));
             (1..=3).for_each(|_| drop(daemon.signature()));

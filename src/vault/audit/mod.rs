@@ -85,6 +85,15 @@ impl Audit {
         Ok(audit)
     }
 
+    /// A log that cannot be begun, for as long as the process lives: all requests are such that cannot be recorded.
+    pub fn broken(settings: &Settings) -> Self {
+        let shared = Shared::new(settings);
+        shared.queue().waiting = MAX_WAITING;
+        shared.is_failing();
+        shared.is_closed();
+        Self(Some(Arc::new(shared)))
+    }
+
     /// Whether there is a log.
     pub fn is_on(&self) -> bool {
         self.0.is_some()
