@@ -211,7 +211,8 @@ fn start_audit(config: &Config, head: Option<audit::Head>, store: &Store) -> Res
     }
     match Audit::start(&settings, head, store) {
         Err(error @ AuditError::Io { .. }) if !must => {
-            error!("nothing is written down of the use of keys, until this is started again: {error}");
+            let refused = if settings.on_full == OnFull::Warn { "" } else { ", and uses of stored keys are refused" };
+            error!("nothing is written down of the use of keys until this is started again{refused}: {error}");
             Ok(Audit::broken(&settings))
         }
         started => Ok(started?),

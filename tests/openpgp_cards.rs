@@ -223,12 +223,14 @@ fn a_card_that_wants_its_pin_for_each_signature_has_it_asked_for_each() {
         client.hear(Name::Sign).bytes();
     }
     assert!(!askpass.has_asked());
-    // Nor after the card's process has been started again, which has no PIN.
+    // Nor with what was given before the card's process was started again, though it is sent again for another slot.
     let host = || daemon.hosts().into_iter().find(|(_, name)| name != "readers").map(|(pid, _)| pid);
     let before = host().unwrap();
     kill_process(before, Signal::KILL).unwrap();
     eventually("another process", || host().is_some_and(|now| now != before));
     becomes(&daemon, A.0, "ready");
+    signs(&mut other, &auth);
+    assert!(!askpass.has_asked());
     client.tell(&request());
     assert!(askpass.next().text.contains("for each use"));
     askpass.answer(0, PIN);

@@ -382,8 +382,12 @@ impl Service<'_> {
                     return reply::<Head>(Name::Audit, Err(&failure));
                 }
             };
-            let none =
-                || Failure::new(Code::Unsupported, "there is no audit log; `enabled = true` in [audit] begins one");
+            let none = || {
+                Failure::new(
+                    Code::Unsupported,
+                    "there is no audit log; the daemon's log says why, or else `enabled = true` in [audit] begins one",
+                )
+            };
             reply(Name::Audit, head.ok_or_else(none).as_ref())
         }))
     }

@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::process::{Signal, geteuid};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -26,6 +26,8 @@ const SESSION: &str = "org.freedesktop.login1.Session";
 const PROPERTIES: &str = "org.freedesktop.DBus.Properties";
 /// The pause before a bus that went away is looked for again.
 const PAUSE: Duration = Duration::from_secs(3);
+/// How long systemd-inhibit may take to start: nothing is heard meanwhile.
+const START: Duration = Duration::from_secs(2);
 /// Questions about sessions that may be open at a time. With so many of them, the next locked session is taken for ours.
 const MAX_ASKED: usize = 64;
 /// Why the store is locked when logind does not say whose session is.
@@ -95,7 +97,8 @@ struct Delay {
 
 impl Delay {
     async fn begin() -> Option<Self> {
-        match Self::start().await {
+        let slow = || Err(io::Error::from(io::ErrorKind::TimedOut));
+        match timeout(START, Self::start()).await.unwrap_or_else(|_| slow()) {
             Ok(delay) => Some(delay),
             Err(error) => {
                 unguarded(&format!("systemd-inhibit cannot be run: {error}"));

@@ -95,7 +95,7 @@ struct Entry {
 /// The uses of a key, one after the other.
 struct Turns {
     place: Arc<Semaphore>,
-    /// Whether a PIN was given for a use that nothing came of: the device may still have it.
+    /// Whether the device may have a PIN that was given for another use, and that nothing came of.
     is_left: AtomicBool,
 }
 
@@ -106,7 +106,7 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    /// Whether the device may have a PIN that was given for an earlier use, and would take it for this one.
+    /// Whether the device may have a PIN that was given for another use, and would take it for this one.
     pub(super) fn has_leftover(&self) -> bool {
         self.turns.is_left.load(Ordering::Relaxed)
     }
@@ -150,6 +150,13 @@ impl Pins {
         self.with(device, |entry| _ = entry.turns.entry(slot.clone()).or_insert_with(turns));
     }
 
+    /// Whether the device may have a PIN that was not given for the next use of a key whose uses take turns.
+    fn note_leftover(&self, device: &Device, is_left: bool) {
+        self.with(device, |entry| {
+            entry.turns.values().for_each(|turns| turns.is_left.store(is_left, Ordering::Relaxed));
+        });
+    }
+
     /// Waits for its turn. `None` for a key whose uses take none, and when the device is of no use any more.
     pub(super) async fn turn(&self, device: &Device, slot: &Slot) -> Option<Turn> {
         let turns = self.with(device, |entry| entry.turns.get(slot).cloned())?;
@@ -177,7 +184,9 @@ impl Vault {
 
     /// Wipes what is known of a device that goes.
     pub(super) fn drop_pins_of(&self, device: &Device) {
-        self.pins.entries().remove(device.name());
+        if let Some(mut entry) = self.pins.entries().remove(device.name()) {
+            entry.end_login();
+        }
     }
 
     /// `prompt`, `file` or `credential`.
@@ -250,7 +259,13 @@ impl Vault {
         caller: &Arc<Caller>,
         wanted: WantedPin,
     ) -> Result<(), Refusal> {
-        self.join_login(device, caller, wanted).await
+        let for_all = matches!(wanted, WantedPin::Any);
+        self.join_login(device, caller, wanted).await?;
+        if for_all {
+            // The device may take it for a use that wants one of its own.
+            self.pins.note_leftover(device, true);
+        }
+        Ok(())
     }
 
     /// Logs in to a device with a PIN that a person has just given.
@@ -263,9 +278,7 @@ impl Vault {
         self.check_open()?;
         self.join_login(device, caller, WantedPin::This(pin)).await?;
         // It is meant for whatever comes.
-        self.pins.with(device, |entry| {
-            entry.turns.values().for_each(|turns| turns.is_left.store(false, Ordering::Relaxed));
-        });
+        self.pins.note_leftover(device, false);
         Ok(())
     }
 

@@ -447,7 +447,8 @@ impl Vault {
                     return Err(error.into());
                 }
                 result => {
-                    if let (Ok(_), Some(turn)) = (&result, &turn) {
+                    // What is given for a signature is good for no less and no more.
+                    if let (Ok(Outcome::Signature(_)), Some(turn)) = (&result, &turn) {
                         turn.used();
                     }
                     return Ok(result?);

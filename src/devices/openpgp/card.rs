@@ -407,7 +407,9 @@ impl Token {
         mut act: impl FnMut(&mut Transaction<'_>) -> Result<T, CardError>,
     ) -> Result<T, DeviceError> {
         if self.pin.is_none() {
-            return Err(DeviceError::PinRequired);
+            let each_time = mode == Mode::Sign
+                && self.with(|tx, _, _| Ok(selected(tx)?.pw_status_bytes()?.pw1_cds_valid_once()))?;
+            return Err(if each_time { DeviceError::PinEachTime } else { DeviceError::PinRequired });
         }
         let kdf = self.kdf()?;
         let (unused, mut left) = (self.unused, None);
