@@ -97,8 +97,7 @@ struct Delay {
 
 impl Delay {
     async fn begin() -> Option<Self> {
-        let slow = || Err(io::Error::from(io::ErrorKind::TimedOut));
-        match timeout(START, Self::start()).await.unwrap_or_else(|_| slow()) {
+        match timeout(START, Self::start()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(delay) => Some(delay),
             Err(error) => {
                 unguarded(&format!("systemd-inhibit cannot be run: {error}"));
@@ -125,10 +124,10 @@ impl Delay {
         let exited = program.exited();
         tokio::spawn(async move {
             let status = exited.await;
-            // By our own hand it ends by a signal, or with the pipe.
-            let is_ours =
-                status.is_none_or(|status| status.success() || status.signal() == Some(Signal::KILL.as_raw()));
-            if !is_ours {
+            // By our own hand it ends by a signal or with the pipe, and by systemd's together with us.
+            let signals = [Signal::KILL, Signal::TERM].map(|signal| Some(signal.as_raw()));
+            let is_meant = status.is_none_or(|status| status.success() || signals.contains(&status.signal()));
+            if !is_meant {
                 unguarded("logind lets nobody delay it, or systemd-inhibit was ended");
             }
         });

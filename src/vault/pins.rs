@@ -159,7 +159,7 @@ impl Pins {
 
     /// Waits for its turn. `None` for a key whose uses take none, and when the device is of no use any more.
     pub(super) async fn turn(&self, device: &Device, slot: &Slot) -> Option<Turn> {
-        let turns = self.with(device, |entry| entry.turns.get(slot).cloned())?;
+        let turns = self.entries().get(device.name())?.turns.get(slot).cloned()?;
         let mut states = device.watch();
         let is_gone = |state: &Arc<DeviceState>| matches!(state.health, Health::Absent | Health::Failed(_));
         let place = tokio::select! {
