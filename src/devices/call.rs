@@ -71,6 +71,8 @@ pub enum Reply {
     Card(Box<CardStatus>),
     /// A signature, a plaintext, a secret, random bytes: in the form that the call's scheme has. Nobody has verified it.
     Bytes(Zeroizing<Vec<u8>>),
+    /// To a call that was [withdrawn](Underway::withdraw) before the driver began it: it never does.
+    Withdrawn,
 }
 
 /// Makes the call.
@@ -108,15 +110,26 @@ pub trait Engine: Send + Sync + 'static {
     fn open(&self) -> impl Future<Output = Result<Self::Session, DeviceError>> + Send;
 }
 
+/// A call on its way to its answer. Polling it takes no time: the driver works elsewhere. Dropping it gives up the answer;
+/// where the driver runs in another process, it goes on there.
+pub trait Underway: Future<Output = Result<Reply, DeviceError>> + Send + 'static {
+    /// Takes back what the driver has not begun: the answer is [`Reply::Withdrawn`] then, and otherwise whatever it is.
+    fn withdraw(&self);
+}
+
 /// A driver that runs. Dropping it ends it, too, but nobody learns when.
 pub trait Session: Send + Sync + 'static {
     /// [`Driver::lanes`]: more calls than that are not made at once.
     fn lanes(&self) -> usize;
 
-    /// Makes a call. Polling it takes no time: the driver works elsewhere. Dropping the future gives up the answer; where
-    /// the driver runs in another process, it goes on there. [`Restarted`](DeviceError::Restarted) when the driver dies in
-    /// the middle of it.
-    fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static;
+    /// How many calls it takes besides those in the lanes. They begin in the order they were given, each when a lane has
+    /// answered, and can be [withdrawn](Underway::withdraw) until then.
+    fn ahead(&self) -> usize {
+        0
+    }
+
+    /// Makes a call. [`Restarted`](DeviceError::Restarted) when the driver dies before it has answered.
+    fn call(&self, call: Call) -> impl Underway;
 
     /// Completes when the driver has died by itself, with the reason for a person.
     fn died(&self) -> impl Future<Output = String> + Send + 'static;

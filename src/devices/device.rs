@@ -120,6 +120,8 @@ pub(super) struct Shared {
     /// these are is for whoever has the callers to bound.
     places: Arc<Semaphore>,
     jobs: AtomicU64,
+    /// Calls that the driver has and has not begun.
+    pub(super) ahead: AtomicUsize,
     /// Calls inside the driver, and how many it makes at once; 0 while there is none.
     pub(super) active: AtomicUsize,
     pub(super) lanes: AtomicUsize,
@@ -153,6 +155,7 @@ struct Queue {
 /// A call that waits for a lane, and who waits for its answer.
 pub(super) struct Job {
     id: u64,
+    owner: u64,
     pub(super) call: Call,
     pub(super) reply: oneshot::Sender<Result<Reply, DeviceError>>,
     /// How long the driver may take from when it begins. Not the caller's own deadline: who asks for little must not be
@@ -171,11 +174,33 @@ impl Shared {
 
     /// The next job that somebody still waits for, of those that may begin now.
     pub(super) fn next_job(&self, may: impl Fn(&Call) -> bool) -> Option<Job> {
+        self.take_job(|turns| turns.pop_if(|job| job.reply.is_closed() || may(&job.call)))
+    }
+
+    /// The job whose turn it is, if it is one that may be given to the driver before there is a lane for it.
+    pub(super) fn next_job_ahead(&self, may: impl Fn(&Call) -> bool) -> Option<Job> {
+        self.take_job(|turns| turns.pop_next_if(|job| job.reply.is_closed() || may(&job.call)))
+    }
+
+    fn take_job(&self, mut next: impl FnMut(&mut Turns<Job>) -> Option<Job>) -> Option<Job> {
         let mut queue = self.queue();
-        let next = || queue.turns.pop_if(|job| job.reply.is_closed() || may(&job.call));
-        let job = std::iter::from_fn(next).find(|job| !job.reply.is_closed());
+        let job = std::iter::from_fn(|| next(&mut queue.turns)).find(|job| !job.reply.is_closed());
         queue.is_awaited = job.is_none();
         job.inspect(|job| job.begun.store(true, Ordering::Relaxed))
+    }
+
+    /// Has a job wait again that the driver had and did not begin.
+    pub(super) fn put_back(&self, job: Job) {
+        if job.reply.is_closed() {
+            return;
+        }
+        let mut queue = self.queue();
+        let Some(refusal) = queue.refusal.clone() else {
+            job.begun.store(false, Ordering::Relaxed);
+            return queue.turns.put_back(job.owner, job);
+        };
+        drop(queue);
+        let _ = job.reply.send(Err(refusal));
     }
 
     /// A place in the full queue for an owner that has fewer than another: whoever fills it must not keep the others out.
@@ -247,6 +272,7 @@ impl Device {
             queue: Mutex::default(),
             wake: Notify::new(),
             jobs: AtomicU64::new(0),
+            ahead: AtomicUsize::new(0),
             active: AtomicUsize::new(0),
             lanes: AtomicUsize::new(0),
             counts: Counts::default(),
@@ -292,7 +318,7 @@ impl Device {
 
     /// Calls that wait for a lane, and calls inside the driver.
     pub fn load(&self) -> (usize, usize) {
-        (self.0.queue().turns.len(), self.0.active.load(Ordering::Relaxed))
+        (self.0.queue().turns.len() + self.0.ahead.load(Ordering::Relaxed), self.0.active.load(Ordering::Relaxed))
     }
 
     /// What it has done.
@@ -534,7 +560,7 @@ impl Device {
                 return Err(refusal.clone());
             }
             let begun = Arc::clone(begun);
-            queue.turns.push(owner, Job { id, call, reply, limit, begun, place });
+            queue.turns.push(owner, Job { id, owner, call, reply, limit, begun, place });
             std::mem::take(&mut queue.is_awaited)
         };
         let _waiting = Waiting { shared, owner, id };

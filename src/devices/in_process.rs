@@ -2,6 +2,7 @@
 
 use std::{
     future::{Future, pending},
+    pin::Pin,
     sync::Arc,
     time::Duration,
 };
@@ -10,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::{
     DeviceError, Driver,
-    call::{self, Call, Engine, Reply, Session},
+    call::{self, Call, Engine, Reply, Session, Underway},
 };
 
 /// Runs a driver here.
@@ -40,9 +41,9 @@ impl<D: Driver> Session for Here<D> {
         self.0.lanes()
     }
 
-    fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
+    fn call(&self, call: Call) -> impl Underway {
         let driver = Arc::clone(&self.0);
-        async move {
+        let answer: HereCall = Box::pin(async move {
             // A task of its own: a driver that panics must not take its caller with it, nor one that computes hold it up.
             let mut task = JoinSet::new();
             task.spawn(async move { call::perform(&*driver, call).await });
@@ -50,7 +51,8 @@ impl<D: Driver> Session for Here<D> {
                 Some(Ok(result)) => result,
                 _ => Err(DeviceError::Restarted),
             }
-        }
+        });
+        answer
     }
 
     fn died(&self) -> impl Future<Output = String> + Send + 'static {
@@ -58,4 +60,11 @@ impl<D: Driver> Session for Here<D> {
     }
 
     async fn end(self, _: Duration) {}
+}
+
+type HereCall = Pin<Box<dyn Future<Output = Result<Reply, DeviceError>> + Send>>;
+
+impl Underway for HereCall {
+    /// It has begun.
+    fn withdraw(&self) {}
 }

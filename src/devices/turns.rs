@@ -41,6 +41,21 @@ impl<T> Turns<T> {
         Some(job)
     }
 
+    /// Takes the job whose turn it is, if it `may` go; no other goes before it.
+    pub fn pop_next_if(&mut self, may: impl Fn(&T) -> bool) -> Option<T> {
+        let is_next = self.owners.front().and_then(|(_, jobs)| jobs.front()).is_some_and(may);
+        if is_next { self.pop() } else { None }
+    }
+
+    /// Puts a job of `owner` back that was taken: its turn is next.
+    pub fn put_back(&mut self, owner: u64, job: T) {
+        self.len += 1;
+        let at = self.owners.iter().position(|(other, _)| *other == owner);
+        let (_, mut jobs) = at.and_then(|at| self.owners.remove(at)).unwrap_or_default();
+        jobs.push_front(job);
+        self.owners.push_front((owner, jobs));
+    }
+
     /// Takes the first job of `owner` that `which` picks.
     pub fn remove(&mut self, owner: u64, which: impl Fn(&T) -> bool) -> Option<T> {
         let at = self.owners.iter().position(|(other, _)| *other == owner)?;
@@ -110,6 +125,27 @@ mod tests {
         let order: Vec<_> = std::iter::from_fn(|| turns.pop_if(|_| true)).collect();
         assert_eq!(order, ["a1", "c1", "b2", "a2", "a3"]);
         assert_eq!(turns.len(), 0);
+    }
+
+    #[test]
+    fn who_is_next_lets_nobody_go_first() {
+        let mut turns = filled();
+        assert_eq!(turns.pop_next_if(|job| *job == "b1"), None);
+        assert_eq!(turns.pop_next_if(|job| *job == "a1"), Some("a1"));
+        assert_eq!(turns.pop_next_if(|_| true), Some("b1"));
+        assert_eq!(Turns::<u8>::default().pop_next_if(|_| true), None);
+    }
+
+    #[test]
+    fn what_is_put_back_goes_next() {
+        let mut turns = filled();
+        let taken: Vec<_> = [1, 2, 3, 1].into_iter().map(|owner| (owner, turns.pop().unwrap())).collect();
+        for (owner, job) in taken.into_iter().rev() {
+            turns.put_back(owner, job);
+        }
+        assert_eq!(turns.len(), 6);
+        let order: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
+        assert_eq!(order, ["a1", "b1", "c1", "a2", "b2", "a3"]);
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //! driver dies, and starts it again. Knows no vault and no person.
 
 use std::{
-    collections::BTreeMap,
-    future::{Future, pending, poll_fn},
+    collections::{BTreeMap, VecDeque},
+    future::{pending, poll_fn},
     pin::Pin,
     sync::{Arc, atomic::Ordering},
     task::{Context, Poll, Waker},
@@ -19,8 +19,8 @@ use tracing::{debug, info, warn};
 
 use super::{
     DeviceError, DeviceState, FoundKey, Health, Scan, Slot, Status,
-    call::{Call, Engine, Reply, Session},
-    device::Shared,
+    call::{Call, Engine, Reply, Session, Underway},
+    device::{Job, Shared},
 };
 
 /// The pause before a driver is started again after its second death in a row; doubled each time…
@@ -36,6 +36,11 @@ const STABLE: Duration = Duration::from_secs(10);
 const PARTING: Duration = Duration::from_millis(500);
 /// How long a killed driver may take to be gone. A process in an uninterruptible sleep is left to itself.
 const END_PATIENCE: Duration = Duration::from_secs(2);
+/// An operation that takes no longer is brisk. After a few of them in a row…
+const BRISK: Duration = Duration::from_millis(20);
+/// …a driver is given operations before its lanes are free, so that no lane sleeps between two. A call of somebody else's
+/// waits that much longer: for a slow device it would matter.
+const BRISK_RUN: u32 = 4;
 
 pub(super) struct Worker<E> {
     shared: Arc<Shared>,
@@ -258,9 +263,13 @@ struct Lanes<'a, S> {
     session: &'a S,
     lanes: usize,
     running: Running,
-    /// In the order of their start.
+    /// What is in the lanes, in the order of its start.
     active: BTreeMap<u64, Active>,
+    /// What the driver has besides, in the order in which it begins.
+    ahead: VecDeque<Ahead>,
     started: u64,
+    /// Brisk operations in a row.
+    brisk: u32,
     /// When the other lanes have had time enough to finish; set once a lane is stalled.
     drain_until: Option<Instant>,
     /// When an idle device is asked how it is.
@@ -275,11 +284,21 @@ struct Lanes<'a, S> {
 struct Active {
     task: Task,
     kind: Kind,
+    since: Instant,
     /// From then on it is stalled.
     limit: Instant,
     stalled: bool,
     /// Whether keys have changed since it began: a scan may tell of what was there before.
     outdated: bool,
+}
+
+/// An operation that waits inside the driver until a lane has answered.
+struct Ahead {
+    id: u64,
+    /// To be made anew if the driver ends before.
+    job: Job,
+    /// Whether it was taken back. The driver may have begun it then: until it has said so, a lane counts as taken.
+    withdrawn: bool,
 }
 
 /// What a call is for.
@@ -297,8 +316,10 @@ enum Kind {
     Look,
     /// It writes some.
     Change,
-    /// It uses one, or none.
-    Use,
+    /// It uses one.
+    Operate,
+    /// None of these.
+    Other,
 }
 
 impl Kind {
@@ -308,7 +329,8 @@ impl Kind {
             Call::Generate(_) | Call::Import(..) | Call::Rename(..) | Call::Delete(_) | Call::ChangeCard(_) => {
                 Self::Change
             }
-            Call::Unlock(_) | Call::Lock | Call::Random(_) | Call::Operate(..) => Self::Use,
+            Call::Operate(..) => Self::Operate,
+            Call::Unlock(_) | Call::Lock | Call::Random(_) => Self::Other,
         }
     }
 }
@@ -348,7 +370,9 @@ impl<'a, S: Session> Lanes<'a, S> {
             lanes,
             running: Running::default(),
             active: BTreeMap::new(),
+            ahead: VecDeque::new(),
             started: 0,
+            brisk: 0,
             drain_until: None,
             probe_at: Instant::now() + shared.settings.probe,
             rescan: false,
@@ -376,6 +400,7 @@ impl<'a, S: Session> Lanes<'a, S> {
                     }
                 }
                 why = &mut died => break Ended::Died(why),
+                id = given_up(&mut self.ahead) => self.withdraw(id),
                 () = at(limit) => self.stall(),
                 () = at(self.drain_until) => break Ended::Died("an operation did not end".to_owned()),
                 () = at(probe), if self.changed => self.rescan = true,
@@ -398,7 +423,7 @@ impl<'a, S: Session> Lanes<'a, S> {
 
     /// Gives free lanes work. A stalled lane keeps the others from beginning anything.
     fn fill(&mut self) {
-        while self.drain_until.is_none() && self.active.len() < self.lanes {
+        while self.drain_until.is_none() && self.in_lanes() < self.lanes {
             let underway = |kind| self.active.values().any(|active| active.kind == kind);
             // A token's keys are not changed while it is looked at: what is half written is taken for gone.
             let (may_look, may_change) = (!underway(Kind::Change), !underway(Kind::Look) && !self.rescan);
@@ -408,7 +433,7 @@ impl<'a, S: Session> Lanes<'a, S> {
             } else if let Some(job) = self.shared.next_job(|call| match Kind::of(call) {
                 Kind::Look => may_look,
                 Kind::Change => may_change,
-                Kind::Use => true,
+                Kind::Operate | Kind::Other => true,
             }) {
                 let effect = Effect::of(&job.call);
                 self.start(job.call, Task::Job { reply: job.reply, effect }, job.limit);
@@ -416,15 +441,67 @@ impl<'a, S: Session> Lanes<'a, S> {
                 break;
             }
         }
-        self.shared.active.store(self.active.len(), Ordering::Relaxed);
+        self.fill_ahead();
+        self.shared.active.store(self.in_lanes(), Ordering::Relaxed);
+        self.shared.ahead.store(self.active.len() + self.ahead.len() - self.in_lanes(), Ordering::Relaxed);
+    }
+
+    /// Gives the driver operations for when its lanes come free. Anything else, a scan that is due included, waits for a
+    /// lane, and then nothing goes before it.
+    fn fill_ahead(&mut self) {
+        let may = |call: &Call| Kind::of(call) == Kind::Operate;
+        while self.drain_until.is_none()
+            && self.brisk >= BRISK_RUN
+            && !self.rescan
+            && self.in_lanes() >= self.lanes
+            && self.ahead.len() < self.session.ahead()
+            && let Some(job) = self.shared.next_job_ahead(may)
+        {
+            let id = self.send(job.call.clone());
+            self.ahead.push_back(Ahead { id, job, withdrawn: false });
+        }
+    }
+
+    /// Calls that lanes make, or may make.
+    fn in_lanes(&self) -> usize {
+        self.active.len() + self.ahead.iter().filter(|ahead| ahead.withdrawn).count()
     }
 
     fn start(&mut self, call: Call, task: Task, limit: Duration) {
+        let kind = Kind::of(&call);
+        let id = self.send(call);
+        self.begun(id, kind, task, limit);
+    }
+
+    fn send(&mut self, call: Call) -> u64 {
         let id = self.started;
         self.started += 1;
-        let kind = Kind::of(&call);
         self.running.0.push((id, Box::pin(self.session.call(call))));
-        self.active.insert(id, Active { task, kind, limit: Instant::now() + limit, stalled: false, outdated: false });
+        id
+    }
+
+    fn begun(&mut self, id: u64, kind: Kind, task: Task, limit: Duration) {
+        let since = Instant::now();
+        let active = Active { task, kind, since, limit: since + limit, stalled: false, outdated: false };
+        self.active.insert(id, active);
+    }
+
+    /// Knows of calls that the driver has begun because lanes have answered.
+    fn follow(&mut self) {
+        while self.in_lanes() < self.lanes
+            && let Some(at) = self.ahead.iter().position(|ahead| !ahead.withdrawn)
+            && let Some(Ahead { id, job, .. }) = self.ahead.remove(at)
+        {
+            let (kind, effect) = (Kind::of(&job.call), Effect::of(&job.call));
+            self.begun(id, kind, Task::Job { reply: job.reply, effect }, job.limit);
+        }
+    }
+
+    fn withdraw(&mut self, id: u64) {
+        if let Some(ahead) = self.ahead.iter_mut().find(|ahead| ahead.id == id) {
+            ahead.withdrawn = true;
+            self.running.withdraw(id);
+        }
     }
 
     fn stall(&mut self) {
@@ -433,14 +510,23 @@ impl<'a, S: Session> Lanes<'a, S> {
             active.stalled = true;
         }
         self.drain_until.get_or_insert(now + self.shared.settings.grace);
+        for n in 0..self.ahead.len() {
+            self.withdraw(self.ahead[n].id);
+        }
         warn!(device = self.shared.name, "stalled: an operation has outlived its time");
         publish(self.shared, |state| state.health = Health::Stalled);
     }
 
     /// Passes on an answer. `Some` when the session is over.
     fn done(&mut self, id: u64, result: Result<Reply, DeviceError>) -> Option<Ended> {
-        let active = self.active.remove(&id)?;
+        let active = match self.active.remove(&id) {
+            Some(active) => active,
+            None => return self.done_ahead(id, result),
+        };
         self.probe_at = Instant::now();
+        if active.kind == Kind::Operate && result.is_ok() {
+            self.brisk = if active.since.elapsed() <= BRISK { self.brisk.saturating_add(1) } else { 0 };
+        }
         let is_login = matches!(active.task, Task::Job { effect: Effect::LogsIn, .. });
         // After a login that failed, people shall be told at once what tries are left.
         if !is_login || result.is_ok() {
@@ -470,7 +556,29 @@ impl<'a, S: Session> Lanes<'a, S> {
             self.drain_until = None;
             publish(self.shared, |state| state.health = Health::Ready);
         }
+        if ended.is_none() {
+            self.follow();
+        }
         ended
+    }
+
+    /// The same of a call that has not begun, as far as is known.
+    fn done_ahead(&mut self, id: u64, result: Result<Reply, DeviceError>) -> Option<Ended> {
+        let at = self.ahead.iter().position(|ahead| ahead.id == id)?;
+        if matches!(result, Err(DeviceError::Restarted)) {
+            // It stays what did not begin.
+            return Some(Ended::Died("the driver died".to_owned()));
+        }
+        let Ahead { job, .. } = self.ahead.remove(at)?;
+        if matches!(result, Ok(Reply::Withdrawn)) {
+            self.shared.put_back(job);
+            self.follow();
+            return None;
+        }
+        // It is ready before the answer that made room for it was looked at.
+        let effect = Effect::of(&job.call);
+        self.begun(id, Kind::of(&job.call), Task::Job { reply: job.reply, effect }, job.limit);
+        self.done(id, result)
     }
 
     /// What an answer to somebody else's call says about the device.
@@ -557,6 +665,9 @@ impl<'a, S: Session> Lanes<'a, S> {
         while let Poll::Ready((id, result)) = self.running.poll_next(&mut Context::from_waker(Waker::noop())) {
             let _ = self.done(id, result);
         }
+        while let Some(Ahead { job, .. }) = self.ahead.pop_back() {
+            self.shared.put_back(job);
+        }
         for active in std::mem::take(&mut self.active).into_values() {
             if let Task::Job { reply, .. } = active.task {
                 let error = if active.stalled { DeviceError::Timeout } else { why.clone() };
@@ -564,15 +675,27 @@ impl<'a, S: Session> Lanes<'a, S> {
             }
         }
         self.shared.active.store(0, Ordering::Relaxed);
+        self.shared.ahead.store(0, Ordering::Relaxed);
     }
+}
+
+/// An operation ahead whose caller has given up, once there is one.
+async fn given_up(ahead: &mut VecDeque<Ahead>) -> u64 {
+    poll_fn(|cx| {
+        let mut waiting = ahead.iter_mut().filter(|ahead| !ahead.withdrawn);
+        match waiting.find_map(|ahead| ahead.job.reply.poll_closed(cx).is_ready().then_some(ahead.id)) {
+            Some(id) => Poll::Ready(id),
+            None => Poll::Pending,
+        }
+    })
+    .await
 }
 
 /// Calls on their way: they only wait for answers, so that the worker polls them itself, without a task for each.
 #[derive(Default)]
-struct Running(Vec<(u64, Underway)>);
+struct Running(Vec<(u64, Pin<Box<dyn Underway>>)>);
 
 type Answer = Result<Reply, DeviceError>;
-type Underway = Pin<Box<dyn Future<Output = Answer> + Send>>;
 
 impl Running {
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<(u64, Answer)> {
@@ -584,6 +707,12 @@ impl Running {
             }
         }
         Poll::Pending
+    }
+
+    fn withdraw(&self, id: u64) {
+        if let Some((_, call)) = self.0.iter().find(|(other, _)| *other == id) {
+            call.withdraw();
+        }
     }
 
     async fn next(&mut self) -> (u64, Answer) {

@@ -3,21 +3,24 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::{Future, pending},
+    pin::Pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
 use secrecy::{ExposeSecret, SecretString};
 use strongroom::devices::{
     DeviceError, Driver, Input, Scan, Scheme, Slot, Status,
-    call::{Call, Engine, Reply, Session},
+    call::{Call, Engine, Reply, Session, Underway},
     in_process::{Here, InProcess},
 };
 use tokio::{
-    sync::Notify,
+    sync::{Notify, Semaphore},
+    task::JoinSet,
     time::{Instant, sleep},
 };
 
@@ -40,6 +43,8 @@ pub struct Token {
     number: usize,
     of: usize,
     lanes: usize,
+    ahead: usize,
+    is_brisk: bool,
     has_pin: bool,
     world: Arc<World>,
     state: Mutex<TokenState>,
@@ -88,8 +93,18 @@ impl Token {
             accepted: None,
             last_change: Instant::now(),
         };
-        let (lanes, has_pin) = (plan.lanes, plan.has_pin);
-        Arc::new(Self { number, of, lanes, has_pin, world, state: Mutex::new(state), death: Notify::new() })
+        let DevicePlan { lanes, ahead, is_brisk, has_pin, .. } = *plan;
+        Arc::new(Self {
+            number,
+            of,
+            lanes,
+            ahead,
+            is_brisk,
+            has_pin,
+            world,
+            state: Mutex::new(state),
+            death: Notify::new(),
+        })
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut TokenState) -> T) -> T {
@@ -125,7 +140,7 @@ impl Token {
         let fate = self.with(|state| {
             let random = &mut state.random;
             match state.mood {
-                Mood::Well => Fate::Well(random.between(1, 30)),
+                Mood::Well => Fate::Well(random.between(1, if self.is_brisk { 5 } else { 30 })),
                 Mood::Slow => Fate::Well(random.between(300, 9_000)),
                 Mood::Hung => Fate::Hang,
                 Mood::Lying => Fate::Lie(random.between(1, 30)),
@@ -368,13 +383,40 @@ impl Engine for Mortal {
     type Session = Alive;
 
     async fn open(&self) -> Result<Alive, DeviceError> {
-        Ok(Alive { session: self.engine.open().await?, token: Arc::clone(&self.token) })
+        let session = Arc::new(self.engine.open().await?);
+        let lanes = Arc::new(Semaphore::new(session.lanes()));
+        Ok(Alive { token: Arc::clone(&self.token), session, lanes })
     }
 }
 
+/// Takes calls ahead, as a process does.
 pub struct Alive {
     token: Arc<Token>,
-    session: Here<Card>,
+    session: Arc<Here<Card>>,
+    /// In the order in which they are asked for.
+    lanes: Arc<Semaphore>,
+}
+
+struct OnItsWay {
+    task: JoinSet<Result<Reply, DeviceError>>,
+    withdrawn: Arc<Notify>,
+}
+
+impl Future for OnItsWay {
+    type Output = Result<Reply, DeviceError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.task.poll_join_next(cx).map(|done| match done {
+            Some(Ok(answer)) => answer,
+            _ => Err(DeviceError::Restarted),
+        })
+    }
+}
+
+impl Underway for OnItsWay {
+    fn withdraw(&self) {
+        self.withdrawn.notify_one();
+    }
 }
 
 impl Session for Alive {
@@ -382,8 +424,27 @@ impl Session for Alive {
         self.session.lanes()
     }
 
-    fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
-        self.session.call(call)
+    fn ahead(&self) -> usize {
+        self.token.ahead
+    }
+
+    fn call(&self, call: Call) -> impl Underway {
+        let (session, lanes) = (Arc::clone(&self.session), Arc::clone(&self.lanes));
+        let withdrawn = Arc::new(Notify::new());
+        let told = Arc::clone(&withdrawn);
+        // A task of its own: it begins when a lane is free, whether or not the worker looks.
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            let lane = tokio::select! {
+                biased;
+                () = told.notified() => return Ok(Reply::Withdrawn),
+                lane = lanes.acquire_owned() => lane,
+            };
+            let answer = session.call(call).await;
+            drop(lane);
+            answer
+        });
+        OnItsWay { task, withdrawn }
     }
 
     fn died(&self) -> impl Future<Output = String> + Send + 'static {
@@ -395,6 +456,9 @@ impl Session for Alive {
     }
 
     async fn end(self, parting: Duration) {
-        self.session.end(parting).await;
+        // Calls that are left are dropped with the worker's; none outlives it.
+        if let Some(session) = Arc::into_inner(self.session) {
+            session.end(parting).await;
+        }
     }
 }

@@ -22,6 +22,10 @@ pub struct Plan {
 pub struct DevicePlan {
     pub settings: Settings,
     pub lanes: usize,
+    /// Calls that its driver takes besides.
+    pub ahead: usize,
+    /// Whether it is quick when it is well.
+    pub is_brisk: bool,
     pub has_pin: bool,
 }
 
@@ -112,7 +116,9 @@ impl DevicePlan {
             probe: Duration::from_secs(5),
             wait: false,
         };
-        Self { settings, lanes: random.between(1, 4) as usize, has_pin: random.percent(40) }
+        let lanes = random.between(1, 4) as usize;
+        let ahead = random.pick(&[0, 1, lanes]);
+        Self { settings, lanes, ahead, is_brisk: random.percent(70), has_pin: random.percent(40) }
     }
 }
 

@@ -2,10 +2,12 @@
 //! frames.
 //!
 //! A thread of its own ends the process with the daemon, even when every other thread hangs in foreign code. Each lane is a
-//! thread that makes one call at a time, of whatever kind: it takes it from the socket itself and sends the answer. Lanes
-//! that have nothing to do wait in one edge-triggered epoll set, which wakes one of them for a call (epoll(7)).
+//! thread that makes one call at a time, of whatever kind: it takes the one that has waited longest and sends the answer.
+//! First it reads what else has come: a call that was withdrawn meanwhile never begins. Lanes that have nothing to do wait
+//! in one edge-triggered epoll set, which wakes one of them for a call (epoll(7)).
 
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     io::{self, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -162,24 +164,15 @@ fn watch<W: Watcher>(socket: UnixStream) -> Result<Infallible, ChildError> {
     exit_now(0)
 }
 
-/// What a lane finds when it looks.
-enum Seen {
-    Request(u64, Request),
-    /// Nothing yet.
-    Nothing,
-    /// The daemon has gone.
-    End,
-}
-
 /// The daemon's socket, as all lanes share it.
 struct Line {
     socket: UnixStream,
     /// The socket and the bell.
     set: OwnedFd,
-    /// Rings when there may be more than one lane has taken.
+    /// Rings when there is more than one lane has taken, and another has nothing to do.
     bell: OwnedFd,
     /// What has come. Nobody waits for anything while it is locked.
-    incoming: Mutex<Incoming>,
+    inbox: Mutex<Inbox>,
     /// Held while an answer is sent: whole, before another lane's.
     sending: Mutex<()>,
 }
@@ -191,7 +184,7 @@ impl Line {
         // Nobody asks which of the two it was.
         epoll::add(&set, &socket, EventData::new_u64(0), EventFlags::IN | EventFlags::RDHUP | EventFlags::ET)?;
         epoll::add(&set, &bell, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
-        Ok(Self { socket, set, bell, incoming: Mutex::new(Incoming::new()), sending: Mutex::new(()) })
+        Ok(Self { socket, set, bell, inbox: Mutex::new(Inbox::new()), sending: Mutex::new(()) })
     }
 
     /// With the thread that ends the process when the daemon goes.
@@ -222,38 +215,38 @@ impl Line {
 
     /// The next request; `None` when the daemon has gone.
     fn next(&self) -> Result<Option<(u64, Request)>, ChildError> {
+        let mut was_idle = false;
         loop {
-            match self.look()? {
-                Seen::Request(id, request) => return Ok(Some((id, request))),
-                Seen::End => return Ok(None),
-                Seen::Nothing => self.wait()?,
+            let Some((request, withdrawn)) = self.look(was_idle)? else { return Ok(None) };
+            for id in withdrawn {
+                // It fails when the daemon is gone, which the next to read sees, too.
+                let _ = self.send(id, &Ok(Answer::Reply(Reply::Withdrawn)));
             }
+            if request.is_some() {
+                return Ok(request);
+            }
+            self.wait()?;
+            was_idle = true;
         }
     }
 
-    /// Takes a request, if one is there. Rings for another lane where there may be more: the set tells of what came at once
-    /// only once, and this lane may be long.
-    fn look(&self) -> Result<Seen, ChildError> {
-        let mut incoming = self.incoming.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(request) = incoming.take(wire::decode_request)? {
-                if !incoming.is_exhausted() {
-                    self.ring();
-                }
-                let (id, request) = request?;
-                return Ok(Seen::Request(id, request));
-            }
-            match recv(&self.socket, incoming.room()?, RecvFlags::DONTWAIT) {
-                Ok((0, _)) => {
-                    self.ring();
-                    return Ok(Seen::End);
-                }
-                Ok((n, _)) => incoming.came(n),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(Seen::Nothing),
-                Err(e) => return Err(io::Error::from(e).into()),
-            }
+    /// The request that has waited longest, and the ids of those that were withdrawn; `None` when the daemon has gone.
+    #[allow(clippy::type_complexity, reason = "a request with its id, and ids")]
+    fn look(&self, was_idle: bool) -> Result<Option<(Option<(u64, Request)>, Vec<u64>)>, ChildError> {
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        inbox.idle -= usize::from(was_idle);
+        let Some(withdrawn) = inbox.read(&self.socket)? else {
+            self.ring();
+            return Ok(None);
+        };
+        let request = inbox.requests.pop_front();
+        if request.is_none() {
+            inbox.idle += 1;
+        } else if inbox.idle > 0 && !inbox.requests.is_empty() {
+            // The set tells of what came at once only once, and this lane may be long.
+            self.ring();
         }
+        Ok(Some((request, withdrawn)))
     }
 
     /// Until there may be something to take.
@@ -293,6 +286,51 @@ impl Line {
         let frame = wire::encode_answer(id, answer);
         let _sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
         (&self.socket).write_all(&frame)
+    }
+}
+
+/// What has come from the daemon, and who waits for more.
+struct Inbox {
+    incoming: Incoming,
+    /// In the order they came. The daemon bounds how many.
+    requests: VecDeque<(u64, Request)>,
+    /// Lanes that wait, or have been woken and have not looked yet.
+    idle: usize,
+}
+
+impl Inbox {
+    fn new() -> Self {
+        Self { incoming: Incoming::new(), requests: VecDeque::new(), idle: 0 }
+    }
+
+    /// Reads all that has come; the ids of requests that were withdrawn, or `None` when the daemon has gone.
+    fn read(&mut self, socket: &UnixStream) -> Result<Option<Vec<u64>>, ChildError> {
+        let mut withdrawn = Vec::new();
+        loop {
+            match recv(socket, self.incoming.room()?, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Ok(None),
+                Ok((n, _)) => self.incoming.came(n),
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => return Ok(Some(withdrawn)),
+                Err(e) => return Err(io::Error::from(e).into()),
+            }
+            while let Some(request) = self.incoming.take(wire::decode_request)? {
+                let (id, request) = request?;
+                match request {
+                    // One that has begun has an answer of its own.
+                    Request::Withdraw => withdrawn.extend(self.withdraw(id)),
+                    request => self.requests.push_back((id, request)),
+                }
+            }
+            if !self.incoming.was_full() {
+                return Ok(Some(withdrawn));
+            }
+        }
+    }
+
+    fn withdraw(&mut self, id: u64) -> Option<u64> {
+        let at = self.requests.iter().position(|(other, _)| *other == id)?;
+        self.requests.remove(at).map(|(id, _)| id)
     }
 }
 

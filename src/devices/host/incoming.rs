@@ -52,10 +52,9 @@ impl Incoming {
         self.end += n.min(room);
     }
 
-    /// Whether everything has been taken, and the last read, which brought less than there was room for, left nothing in
-    /// the socket.
-    pub(super) fn is_exhausted(&self) -> bool {
-        self.start == self.end && !self.was_full
+    /// Whether the last read brought all that there was room for, and may have left something in the socket.
+    pub(super) fn was_full(&self) -> bool {
+        self.was_full
     }
 
     /// The length of the first frame with its header, once that is there.

@@ -9,11 +9,13 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     io,
+    pin::Pin,
     process::ExitStatus,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -38,7 +40,7 @@ use super::{
 use crate::{
     devices::{
         DeviceError,
-        call::{Call, Reply, Session},
+        call::{Call, Reply, Session, Underway},
     },
     sys::spawn::Child,
 };
@@ -165,8 +167,9 @@ pub(super) async fn end_of(child: &Child) -> Option<ExitStatus> {
 impl HostSession {
     /// A session on a process that has opened its device. `log` ends by itself soon after the process.
     pub(super) fn start(socket: UnixStream, child: Child, lanes: usize, log: Option<JoinHandle<()>>) -> Self {
-        let limit = lanes + wire::SPARE_CALLS;
-        let (sender, late) = mpsc::channel(limit);
+        let limit = 2 * lanes + wire::SPARE_CALLS;
+        // Each may be withdrawn.
+        let (sender, late) = mpsc::channel(2 * limit);
         let (input, output) = socket.into_split();
         let calls = Arc::new(Calls::new(output, sender, limit));
         let (end, ended) = watch::channel(None);
@@ -181,13 +184,14 @@ impl Session for HostSession {
         self.lanes
     }
 
-    fn call(&self, call: Call) -> impl Future<Output = Result<Reply, DeviceError>> + Send + 'static {
-        let calls = Arc::clone(&self.calls);
-        async move {
-            let answer = calls.make(&call)?;
-            drop(call);
-            answer.await.unwrap_or(Err(DeviceError::Restarted))
-        }
+    /// As many as there are lanes, so that none sleeps between two calls.
+    fn ahead(&self) -> usize {
+        self.lanes
+    }
+
+    fn call(&self, call: Call) -> impl Underway {
+        let (id, answer) = self.calls.make(&call);
+        HostCall { id, answer, calls: Arc::clone(&self.calls) }
     }
 
     fn died(&self) -> impl Future<Output = String> + Send + 'static {
@@ -206,6 +210,30 @@ impl Session for HostSession {
         let _ = self.stop.send(parting);
         // An error is the end of the runtime, which took the task with it.
         let _ = self.task.await;
+    }
+}
+
+/// A call that was sent to the process, or why it was not.
+struct HostCall {
+    id: u64,
+    answer: Result<oneshot::Receiver<Result<Reply, DeviceError>>, DeviceError>,
+    calls: Arc<Calls>,
+}
+
+impl Future for HostCall {
+    type Output = Result<Reply, DeviceError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.answer {
+            Ok(answer) => Pin::new(answer).poll(cx).map(|answer| answer.unwrap_or(Err(DeviceError::Restarted))),
+            Err(error) => Poll::Ready(Err(error.clone())),
+        }
+    }
+}
+
+impl Underway for HostCall {
+    fn withdraw(&self) {
+        self.calls.withdraw(self.id);
     }
 }
 
@@ -292,7 +320,14 @@ struct State {
 
 struct Waiting {
     kind: Kind,
+    withdrawn: bool,
     caller: oneshot::Sender<Result<Reply, DeviceError>>,
+}
+
+impl Waiting {
+    fn may_get(&self, reply: &Reply) -> bool {
+        Kind::of(reply).map_or(self.withdrawn, |kind| kind == self.kind)
+    }
 }
 
 /// What a call can be answered with, besides an error.
@@ -318,15 +353,17 @@ impl Kind {
         }
     }
 
-    fn of(reply: &Reply) -> Self {
-        match reply {
+    /// `None` for what any call gets that was withdrawn.
+    fn of(reply: &Reply) -> Option<Self> {
+        Some(match reply {
             Reply::Scan(_) => Self::Scan,
             Reply::Status(_) => Self::Status,
             Reply::Done => Self::Done,
             Reply::Key(_) => Self::Key,
             Reply::Card(_) => Self::Card,
             Reply::Bytes(_) => Self::Bytes,
-        }
+            Reply::Withdrawn => return None,
+        })
     }
 }
 
@@ -339,15 +376,36 @@ impl Calls {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends a call; its answer comes from the receiver, whose error is the end of the session.
-    fn make(&self, call: &Call) -> Result<oneshot::Receiver<Result<Reply, DeviceError>>, DeviceError> {
+    /// Sends a call under the id that is returned; its answer comes from the receiver, whose error is the end of the session.
+    #[allow(clippy::type_complexity, reason = "an id and what comes for it")]
+    fn make(&self, call: &Call) -> (u64, Result<oneshot::Receiver<Result<Reply, DeviceError>>, DeviceError>) {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let frame = wire::encode_call(id, call)?;
+        let make = || {
+            let frame = wire::encode_call(id, call)?;
+            let mut state = self.state();
+            let State { waiting, blocked } = state.as_mut().ok_or(DeviceError::Restarted)?;
+            if waiting.len() >= self.limit {
+                return Err(DeviceError::Busy);
+            }
+            self.send(blocked, frame)?;
+            let (caller, answer) = oneshot::channel();
+            waiting.insert(id, Waiting { kind: Kind::asked_for(call), withdrawn: false, caller });
+            Ok(answer)
+        };
+        (id, make())
+    }
+
+    /// Takes a call back, if it waits and was not taken back before.
+    fn withdraw(&self, id: u64) {
         let mut state = self.state();
-        let State { waiting, blocked } = state.as_mut().ok_or(DeviceError::Restarted)?;
-        if waiting.len() >= self.limit {
-            return Err(DeviceError::Busy);
+        let Some(State { waiting, blocked }) = state.as_mut() else { return };
+        if let Some(call) = waiting.get_mut(&id).filter(|call| !call.withdrawn) {
+            call.withdrawn = self.send(blocked, wire::encode_withdraw(id)).is_ok();
         }
+    }
+
+    /// Sends a frame behind those that are late.
+    fn send(&self, blocked: &mut bool, frame: Frame) -> Result<(), DeviceError> {
         // An error shows again where the rest is written.
         let written = if *blocked { 0 } else { self.output.try_write(&frame).unwrap_or(0) };
         if written < frame.len() {
@@ -355,9 +413,7 @@ impl Calls {
             self.late.try_send((frame, written)).map_err(|_| DeviceError::Busy)?;
             *blocked = true;
         }
-        let (caller, answer) = oneshot::channel();
-        waiting.insert(id, Waiting { kind: Kind::asked_for(call), caller });
-        Ok(answer)
+        Ok(())
     }
 
     /// Writes what is late. Ends only with an error: the sender lives in here.
@@ -383,7 +439,7 @@ impl Calls {
         let (id, answer) = wire::decode_answer(body)?;
         let asked = self.state().as_mut().and_then(|state| state.waiting.remove(&id)).ok_or(Nonsense::Unasked)?;
         let reply = match answer {
-            Ok(Answer::Reply(reply)) if Kind::of(&reply) == asked.kind => Ok(reply),
+            Ok(Answer::Reply(reply)) if asked.may_get(&reply) => Ok(reply),
             Ok(_) => return Err(Nonsense::WrongKind.into()),
             Err(error) => Err(error),
         };

@@ -30,7 +30,7 @@ pub const MAX_FRAME: usize = 4 * 1024 * 1024;
 pub(super) const HEADER: usize = 4;
 /// The most lanes that a driver may claim.
 pub const MAX_LANES: usize = 64;
-/// Calls that a process takes besides one for each lane: what waits behind abandoned ones.
+/// Calls that a process takes besides two for each lane: what waits behind abandoned ones.
 pub const SPARE_CALLS: usize = 16;
 /// The id of the request that opens the device. Calls have the ids above it, each once.
 pub const OPEN_ID: u64 = 0;
@@ -57,6 +57,8 @@ pub enum Request {
     Open(Zeroizing<Vec<u8>>),
     /// Anything else.
     Call(Call),
+    /// Answer the call of this id with [`Reply::Withdrawn`], if it has not begun.
+    Withdraw,
 }
 
 /// What the device's process sends.
@@ -124,6 +126,7 @@ const RENAME: u8 = 11;
 const DELETE: u8 = 12;
 const CARD_STATUS: u8 = 13;
 const CHANGE_CARD: u8 = 14;
+const WITHDRAW: u8 = 15;
 
 /// The frame that opens a device.
 pub fn encode_open(config: &[u8]) -> Frame {
@@ -131,6 +134,11 @@ pub fn encode_open(config: &[u8]) -> Frame {
         out.push(OPEN);
         out.put_string(config);
     })
+}
+
+/// The frame that withdraws the call of this id.
+pub fn encode_withdraw(id: u64) -> Frame {
+    frame(id, 0, |out| out.push(WITHDRAW))
 }
 
 /// The frame of a call; an error where it is too long for any device.
@@ -299,6 +307,7 @@ pub fn decode_request(body: &[u8]) -> Result<(u64, Request), FrameError> {
         DELETE => Request::Call(Call::Delete(slot(&mut r)?)),
         CARD_STATUS => Request::Call(Call::CardStatus),
         CHANGE_CARD => Request::Call(Call::ChangeCard(CardChange::read(&mut r)?)),
+        WITHDRAW => Request::Withdraw,
         other => return Err(FrameError::Unknown(other)),
     };
     r.finish()?;
@@ -315,6 +324,7 @@ const DONE: u8 = 4;
 const BYTES: u8 = 5;
 const MADE: u8 = 6;
 const CARD: u8 = 7;
+const WITHDRAWN: u8 = 8;
 
 /// The frame of an answer. One that is out of bounds becomes an error, since the daemon would not take it.
 pub fn encode_answer(id: u64, answer: &Result<Answer, DeviceError>) -> Frame {
@@ -350,6 +360,7 @@ fn frame_of_answer(id: u64, answer: &Result<Answer, DeviceError>) -> Frame {
             put_status(out, status);
         }
         Ok(Answer::Reply(Reply::Done)) => out.push(DONE),
+        Ok(Answer::Reply(Reply::Withdrawn)) => out.push(WITHDRAWN),
         Ok(Answer::Reply(Reply::Key(key))) => {
             out.push(MADE);
             put_key(out, key);
@@ -379,6 +390,7 @@ pub fn decode_answer(body: &[u8]) -> Result<(u64, Result<Answer, DeviceError>), 
         FOUND => Ok(Answer::Reply(Reply::Scan(scan(&mut r)?))),
         STATUS => Ok(Answer::Reply(Reply::Status(status(&mut r)?))),
         DONE => Ok(Answer::Reply(Reply::Done)),
+        WITHDRAWN => Ok(Answer::Reply(Reply::Withdrawn)),
         MADE => Ok(Answer::Reply(Reply::Key(Box::new(key(&mut r)?)))),
         CARD => Ok(Answer::Reply(Reply::Card(Box::new(CardStatus::read(&mut r)?)))),
         BYTES => Ok(Answer::Reply(Reply::Bytes(Zeroizing::new(bytes(&mut r, MAX_RESULT)?.to_vec())))),
@@ -840,6 +852,7 @@ mod tests {
             ),
             a_status().prop_map(move |status| replied(Reply::Status(status))),
             Just(()).prop_map(move |()| replied(Reply::Done)),
+            Just(()).prop_map(move |()| replied(Reply::Withdrawn)),
             a_key().prop_map(move |key| replied(Reply::Key(Box::new(key)))),
             card::tests::a_status().prop_map(move |status| replied(Reply::Card(Box::new(status)))),
             some_bytes(600).prop_map(move |bytes| replied(Reply::Bytes(Zeroizing::new(bytes)))),
@@ -853,7 +866,7 @@ mod tests {
             (Ok(Answer::Reply(a)), Ok(Answer::Reply(b))) => match (a, b) {
                 (Reply::Scan(a), Reply::Scan(b)) => a == b,
                 (Reply::Status(a), Reply::Status(b)) => a == b,
-                (Reply::Done, Reply::Done) => true,
+                (Reply::Done, Reply::Done) | (Reply::Withdrawn, Reply::Withdrawn) => true,
                 (Reply::Key(a), Reply::Key(b)) => a == b,
                 (Reply::Card(a), Reply::Card(b)) => a == b,
                 (Reply::Bytes(a), Reply::Bytes(b)) => a == b,
@@ -963,6 +976,12 @@ mod tests {
         }
 
         #[test]
+        fn a_withdrawal_round_trips(id: u64) {
+            let (back, request) = decode_request(body(&encode_withdraw(id))).unwrap();
+            prop_assert!(back == id && matches!(request, Request::Withdraw));
+        }
+
+        #[test]
         fn the_configuration_round_trips(config: Vec<u8>) {
             let (id, request) = decode_request(body(&encode_open(&config))).unwrap();
             prop_assert_eq!(id, OPEN_ID);
@@ -986,7 +1005,7 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_are_read_the_same_or_refused(id: u64, tag in 0..16u8, rest: Vec<u8>) {
+        fn arbitrary_bytes_are_read_the_same_or_refused(id: u64, tag in 0..17u8, rest: Vec<u8>) {
             let bytes: Vec<u8> = id.to_be_bytes().into_iter().chain([tag]).chain(rest).collect();
             if let Ok((id, Request::Call(call))) = decode_request(&bytes) {
                 let frame = encode_call(id, &call).unwrap();
