@@ -10,10 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use strongroom::devices::{
-    DeviceError, Input, Operation, Scheme, Slot,
-    call::{Call, Engine, Session},
-    host::{Host, HostSettings},
+use strongroom::{
+    devices::{
+        DeviceError, Input, Operation, Scheme, Slot,
+        call::{Call, Engine, Session},
+        host::{Host, HostEngine, HostSettings},
+    },
+    reactor::Reactor,
 };
 
 const CYCLES: usize = 10_000;
@@ -67,7 +70,9 @@ fn main() -> ExitCode {
     let cycles = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(CYCLES);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let settings = HostSettings { program: env!("CARGO_BIN_EXE_strongroom").into(), ..HostSettings::new("restarts") };
+    let reactor = Reactor::start(1, runtime.handle()).unwrap();
     let host = Host::new("scripted", SCRIPT.as_bytes().to_vec(), settings);
+    let host = HostEngine { host, reactor: reactor.registry().clone() };
     let began = Instant::now();
     let run = |cycles| {
         for _ in 0..cycles {
@@ -94,7 +99,7 @@ fn main() -> ExitCode {
     if left { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-async fn cycle(host: &Host) {
+async fn cycle(host: &HostEngine) {
     let session = host.open().await.expect("the device opens");
     let sign = || {
         let input = Input::Message(b"message".as_slice().into());

@@ -7,7 +7,6 @@ mod cards;
 mod cards;
 mod devices;
 mod logind;
-mod reactor;
 mod server;
 mod sockets;
 
@@ -256,10 +255,10 @@ impl Agent {
             let _runtime = server.runtime().enter();
             Signals::new()?
         };
-        let cards = Cards::new(server.vault());
+        let cards = Cards::new(server.vault(), server.registry());
         {
             let _runtime = server.runtime().enter();
-            devices::add_all(server.vault(), &cards, &config.devices, &known);
+            devices::add_all(server.vault(), server.registry(), &cards, &config.devices, &known);
             cards.find(&config, &known);
         }
         let mut doors = Vec::with_capacity(sockets.len());
@@ -375,7 +374,7 @@ impl Agent {
             error!("the new devices need a place for their state; start the agent again to have them");
             config.devices.clear();
         }
-        let change = devices::change(self.server.vault(), &self.cards, before, &config.devices);
+        let change = devices::change(self.server.vault(), self.server.registry(), &self.cards, before, &config.devices);
         self.server.runtime().block_on(change);
         let _runtime = self.server.runtime().enter();
         self.cards.find(config, &[]);

@@ -17,6 +17,7 @@ pub mod key_file;
 pub mod log;
 pub mod prompt;
 pub mod public_key;
+pub mod reactor;
 pub mod rfc4251;
 pub mod spki;
 pub mod ssh_agent;

@@ -29,21 +29,21 @@ use strongroom::{
     devices::{
         DeviceError, Input, Operation, Scheme, Slot,
         call::{Call, Engine, Reply, Session},
-        host::{Host, HostSession, HostSettings, wire},
+        host::{Host, HostEngine, HostSession, HostSettings, wire},
     },
     public_key::PublicKey,
 };
 use tempfile::TempDir;
 use tokio::{task::JoinHandle, time::timeout};
 
-use support::{PATIENCE, eventually};
+use support::{PATIENCE, eventually, reactor::engine};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_strongroom");
 
 /// A scripted device in a process of its own. Its name is nobody else's, so that its process can be found.
 struct Device {
     dir: TempDir,
-    host: Host,
+    host: HostEngine,
     name: String,
 }
 
@@ -57,7 +57,7 @@ impl Device {
         let name = dir.path().file_name().unwrap().to_str().unwrap().to_owned();
         let mut settings = HostSettings { program: PROGRAM.into(), ..HostSettings::new(&name) };
         change(&mut settings);
-        let host = Host::new("scripted", with_control(script, dir.path()), settings);
+        let host = engine(Host::new("scripted", with_control(script, dir.path()), settings));
         Self { dir, host, name }
     }
 

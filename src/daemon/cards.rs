@@ -20,6 +20,7 @@ use crate::{
         host::HostSettings,
         openpgp::{CardEngine, Finder, Found, News, OpenPgp, is_ident},
     },
+    reactor::Registry,
     vault::{Vault, key::Grants, registry::Terms, store::KnownDevice},
 };
 
@@ -31,6 +32,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3);
 /// The cards of a vault.
 pub(super) struct Cards {
     vault: Arc<Vault>,
+    reactor: Registry,
     /// Started when the first card is looked for: who has no use for cards has no process for them.
     finder: OnceLock<Finder>,
     devices: Arc<Mutex<Devices>>,
@@ -47,9 +49,10 @@ struct Devices {
 
 impl Cards {
     /// Finds nothing yet.
-    pub(super) fn new(vault: &Arc<Vault>) -> Self {
+    pub(super) fn new(vault: &Arc<Vault>, reactor: &Registry) -> Self {
         Self {
             vault: Arc::clone(vault),
+            reactor: reactor.clone(),
             finder: OnceLock::new(),
             devices: Arc::default(),
             task: OnceLock::new(),
@@ -60,7 +63,7 @@ impl Cards {
     /// Starts the device of a card that the configuration names. Needs a runtime around it.
     pub(super) fn start(&self, ident: &str, pkcs1_decrypt: bool, settings: Settings, host: HostSettings) -> Device {
         let name = host.name.clone();
-        let device = start(&self.news(), ident, pkcs1_decrypt, &name, settings, host);
+        let device = start(&self.reactor, &self.news(), ident, pkcs1_decrypt, &name, settings, host);
         self.devices().configured.insert(ident.to_owned(), device.clone());
         device
     }
@@ -88,14 +91,18 @@ impl Cards {
         if finds {
             let before = known.iter().filter(|known| known.kind == OpenPgp::KIND && is_ident(&known.serial));
             for known in before.filter(|known| known.name == name_of(&known.serial)) {
-                add(&self.vault, &self.news(), &self.devices, &known.serial, &known.keys);
+                add(&self.vault, &self.reactor, &self.news(), &self.devices, &known.serial, &known.keys);
             }
             let here = self.news().borrow().clone().unwrap_or_default();
-            here.readers.keys().for_each(|ident| add(&self.vault, &self.news(), &self.devices, ident, &[]));
+            here.readers
+                .keys()
+                .for_each(|ident| add(&self.vault, &self.reactor, &self.news(), &self.devices, ident, &[]));
         }
         if finds || !self.devices().configured.is_empty() {
-            let follow =
-                || follow(Arc::clone(&self.vault), self.news(), Arc::clone(&self.devices), Arc::clone(&self.finds));
+            let follow = || {
+                let (vault, reactor) = (Arc::clone(&self.vault), self.reactor.clone());
+                follow(vault, reactor, self.news(), Arc::clone(&self.devices), Arc::clone(&self.finds))
+            };
             self.task.get_or_init(|| tokio::spawn(follow()).abort_handle());
         }
     }
@@ -118,7 +125,13 @@ impl Drop for Cards {
 }
 
 /// Takes up cards that are new, and has those looked at that came, went or moved.
-async fn follow(vault: Arc<Vault>, mut news: News, devices: Arc<Mutex<Devices>>, finds: Arc<AtomicBool>) {
+async fn follow(
+    vault: Arc<Vault>,
+    reactor: Registry,
+    mut news: News,
+    devices: Arc<Mutex<Devices>>,
+    finds: Arc<AtomicBool>,
+) {
     let mut before = Arc::<Found>::default();
     loop {
         let now = news.borrow_and_update().clone().unwrap_or_default();
@@ -139,7 +152,7 @@ async fn follow(vault: Arc<Vault>, mut news: News, devices: Arc<Mutex<Devices>>,
         }
         // Those that are new look for themselves.
         for ident in now.readers.keys().filter(|_| finds.load(Ordering::Relaxed)) {
-            add(&vault, &news, &devices, ident, &[]);
+            add(&vault, &reactor, &news, &devices, ident, &[]);
         }
         before = now;
         if news.changed().await.is_err() {
@@ -159,7 +172,7 @@ fn tell_trouble(before: &Found, now: &Found, has_cards: bool) {
 }
 
 /// Makes a device of a card, unless it is one.
-fn add(vault: &Arc<Vault>, news: &News, devices: &Mutex<Devices>, ident: &str, known: &[FoundKey]) {
+fn add(vault: &Arc<Vault>, reactor: &Registry, news: &News, devices: &Mutex<Devices>, ident: &str, known: &[FoundKey]) {
     let mut devices = devices.lock().unwrap_or_else(PoisonError::into_inner);
     if devices.configured.contains_key(ident) || devices.found.contains_key(ident) {
         return;
@@ -172,7 +185,7 @@ fn add(vault: &Arc<Vault>, news: &News, devices: &Mutex<Devices>, ident: &str, k
         );
         return;
     }
-    let device = start(news, ident, false, &name, Settings::default(), HostSettings::new(&name));
+    let device = start(reactor, news, ident, false, &name, Settings::default(), HostSettings::new(&name));
     let terms = Terms { grants: Grants::ALL, ..Terms::default() };
     match vault.add_device(device.clone(), terms, known) {
         Ok(()) => {
@@ -183,13 +196,22 @@ fn add(vault: &Arc<Vault>, news: &News, devices: &Mutex<Devices>, ident: &str, k
     }
 }
 
-fn start(news: &News, ident: &str, pkcs1_decrypt: bool, name: &str, settings: Settings, host: HostSettings) -> Device {
+fn start(
+    reactor: &Registry,
+    news: &News,
+    ident: &str,
+    pkcs1_decrypt: bool,
+    name: &str,
+    settings: Settings,
+    host: HostSettings,
+) -> Device {
     let engine = CardEngine {
         ident: ident.to_owned(),
         pkcs1_decrypt,
         patience: (settings.timeout / OTHERS).min(LONGEST_WAIT),
         settings: host,
         news: news.clone(),
+        reactor: reactor.clone(),
     };
     Device::start(name, OpenPgp::KIND, settings, engine)
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     config::Config,
+    reactor::Registry,
     vault::{Vault, store::KnownDevice},
 };
 
@@ -11,7 +12,7 @@ use crate::{
 pub(super) struct Cards;
 
 impl Cards {
-    pub(super) fn new(_: &Arc<Vault>) -> Self {
+    pub(super) fn new(_: &Arc<Vault>, _: &Registry) -> Self {
         Self
     }
 

@@ -20,9 +20,9 @@ use tokio::task::{spawn_blocking, yield_now};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
-use super::reactor::{Listener, Reactor, Registry};
 use crate::agent::{door::Door, session};
 use crate::prompt::{self, Prompter};
+use crate::reactor::{Listener, Reactor, Registry};
 use crate::sys::{memory, peer};
 use crate::vault::{self, Parts, Vault, audit::Audit, budget::Budget, store::Store};
 
@@ -88,7 +88,7 @@ impl Server {
             let _runtime = runtime.enter();
             let parts = Parts::new(Prompter::new(prompts), store);
             let slot_time = slot_time().unwrap_or(parts.slot_time);
-            Vault::new(settings, Parts { audit, slot_time, ..parts })
+            Vault::new(settings, Parts { audit, slot_time, reactor: Some(reactor.registry().clone()), ..parts })
         };
         let clock = Arc::clone(&vault);
         runtime.spawn(async move { clock.expire().await });
@@ -104,6 +104,11 @@ impl Server {
 
     pub(super) fn vault(&self) -> &Arc<Vault> {
         &self.vault
+    }
+
+    /// Waits for the sockets of devices, too.
+    pub(super) fn registry(&self) -> &Registry {
+        self.reactor.registry()
     }
 
     pub(super) fn runtime(&self) -> &Runtime {
@@ -164,7 +169,7 @@ impl Server {
             // All places are free when all connections have ended. One whose peer does not read is cut off.
             let all = u32::try_from(self.places).unwrap_or(u32::MAX);
             if timeout(DRAIN, self.room.acquire_many(all)).await.is_err() {
-                self.reactor.stop();
+                self.reactor.cut_off();
                 let _ = timeout(END, self.room.acquire_many(all)).await;
             }
             self.wait_for_pins().await;

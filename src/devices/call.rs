@@ -108,6 +108,11 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Starts the driver and opens its device. Dropping the future ends what it started.
     fn open(&self) -> impl Future<Output = Result<Self::Session, DeviceError>> + Send;
+
+    /// Has the device's worker polled: where the answers of its sessions come, so that no thread wakes another for them.
+    fn spawn(&self, worker: impl Future<Output = ()> + Send + 'static) {
+        tokio::spawn(worker);
+    }
 }
 
 /// A call on its way to its answer. Polling it takes no time: the driver works elsewhere. Dropping it gives up the answer;

@@ -279,7 +279,8 @@ impl Device {
             ended: watch::Sender::new(false),
             wants: Wants::default(),
         });
-        tokio::spawn(Worker::new(Arc::clone(&shared), engine).run());
+        let engine = Arc::new(engine);
+        engine.spawn(Worker::new(Arc::clone(&shared), Arc::clone(&engine)).run());
         Self(shared)
     }
 

@@ -139,7 +139,7 @@ mod tests {
     #[test]
     fn what_is_put_back_goes_next() {
         let mut turns = filled();
-        let taken: Vec<_> = [1, 2, 3, 1].into_iter().map(|owner| (owner, turns.pop().unwrap())).collect();
+        let taken: Vec<_> = [1, 2, 3, 1].into_iter().zip(std::iter::repeat_with(|| turns.pop()).flatten()).collect();
         for (owner, job) in taken.into_iter().rev() {
             turns.put_back(owner, job);
         }

@@ -62,8 +62,8 @@ enum Ended {
 }
 
 impl<E: Engine> Worker<E> {
-    pub(super) fn new(shared: Arc<Shared>, engine: E) -> Self {
-        Self { shared, engine: Arc::new(engine), deaths: 0, failures: 0 }
+    pub(super) fn new(shared: Arc<Shared>, engine: Arc<E>) -> Self {
+        Self { shared, engine, deaths: 0, failures: 0 }
     }
 
     /// Until the device is told to end.

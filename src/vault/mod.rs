@@ -47,6 +47,7 @@ use crate::{
     devices::{compute::Compute, soft::SoftKey},
     prompt::{PromptError, Prompter},
     public_key::KeyType,
+    reactor::Registry,
     sys::clock,
 };
 use audit::Audit;
@@ -118,6 +119,8 @@ pub struct Parts {
     pub lock_cost: seal::Cost,
     /// How long a try at a new passphrase of the store is to take.
     pub slot_time: Duration,
+    /// Where the sockets of tokens' processes are waited for. Without, no provider can be loaded.
+    pub reactor: Option<Registry>,
 }
 
 impl Parts {
@@ -130,6 +133,7 @@ impl Parts {
             compute: Compute::new(),
             lock_cost: seal::Cost::default(),
             slot_time: SLOT_TIME,
+            reactor: None,
         }
     }
 }
@@ -160,6 +164,7 @@ pub struct Vault {
     audit: Audit,
     lock_cost: seal::Cost,
     slot_time: Duration,
+    reactor: Option<Registry>,
     /// Whose keys these are.
     owner: u32,
     /// Tells of each lock, and of the end of the vault, whoever waits for a device or a person: in the order of their
@@ -211,7 +216,7 @@ enum Seal {
 impl Vault {
     /// An empty vault.
     pub fn new(settings: Settings, parts: Parts) -> Arc<Self> {
-        let Parts { prompter, store, audit, compute, lock_cost, slot_time } = parts;
+        let Parts { prompter, store, audit, compute, lock_cost, slot_time, reactor } = parts;
         Arc::new(Self {
             state: RwLock::default(),
             settings: RwLock::new(Arc::new(settings)),
@@ -221,6 +226,7 @@ impl Vault {
             audit,
             lock_cost,
             slot_time,
+            reactor,
             owner: geteuid().as_raw(),
             locks: Arc::default(),
             lifetimes: Notify::new(),

@@ -619,6 +619,7 @@ mod tests {
             compute: Compute::inline(),
             lock_cost: Cost::least(),
             slot_time: std::time::Duration::ZERO,
+            reactor: None,
         };
         Vault::new(crate::vault::Settings::default(), parts)
     }

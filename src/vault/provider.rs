@@ -33,10 +33,11 @@ use super::{
 use crate::{
     devices::{
         self, Device, DeviceError, Driver, FoundKey, Health, Scan,
-        host::{Host, HostSettings},
+        host::{Host, HostEngine, HostSettings},
         pkcs11::{self, Module, Pkcs11, Token, TokenUri},
     },
     public_key::{Blob, KeyType},
+    reactor::Registry,
     sys::clock,
 };
 
@@ -277,6 +278,8 @@ impl Vault {
         deadline: Instant,
     ) -> Result<(BTreeMap<String, Vec<Candidate>>, Refusal), Refusal> {
         let of_module = |refusal| Refusal::At(module.to_owned(), Box::new(refusal));
+        let nowhere = || of_module(Refusal::NothingNew("no device's process can be served here"));
+        let reactor = self.reactor.as_ref().ok_or_else(nowhere)?;
         let mut settings = HostSettings::new(file_name(module));
         settings.open_timeout = deadline.saturating_duration_since(Instant::now());
         let tokens = pkcs11::tokens(&Module::new(module), settings).await.map_err(|e| of_module(e.into()))?;
@@ -286,7 +289,7 @@ impl Vault {
         for token in tokens {
             match token {
                 Ok(token) if token.initialized => {
-                    let candidate = self.candidate_for(token, module, &configured);
+                    let candidate = self.candidate_for(token, module, &configured, reactor);
                     groups.entry(candidate.token.serial.clone()).or_default().push(candidate);
                 }
                 Ok(_) => {}
@@ -322,7 +325,13 @@ impl Vault {
     }
 
     /// Who speaks with this token: whoever does already, or a new device.
-    fn candidate_for(&self, token: Token, module: &str, configured: &[(TokenUri, Device)]) -> Candidate {
+    fn candidate_for(
+        &self,
+        token: Token,
+        module: &str,
+        configured: &[(TokenUri, Device)],
+        reactor: &Registry,
+    ) -> Candidate {
         let uri = TokenUri::of(&token);
         if let Some((_, device)) = configured.iter().find(|(its, _)| its.matches(&token)) {
             return Candidate { reached: Reached::Configured(device.clone()), token, uri };
@@ -345,7 +354,8 @@ impl Vault {
         let settings = devices::Settings::default();
         host.open_timeout = settings.open_timeout;
         let name = host.name.clone();
-        let engine = Host::new(Pkcs11::KIND, config.encode(), host);
+        let host = Host::new(Pkcs11::KIND, config.encode(), host);
+        let engine = HostEngine { host, reactor: reactor.clone() };
         Candidate { token, uri, reached: Reached::New(Device::start(name, Pkcs11::KIND, settings, engine)) }
     }
 

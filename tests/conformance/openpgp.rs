@@ -16,7 +16,7 @@ use strongroom::{
 use crate::{
     room::{CardInRoom, KeptRoom},
     subject::{HasPin, PATIENCE, Removable, Subject},
-    support::pcsc::Reader,
+    support::{pcsc::Reader, reactor::engine},
 };
 
 const PIN: &str = "123456";
@@ -79,7 +79,7 @@ impl<const KEYS: usize> Card<KEYS> {
         let host = HostSettings { program: card.program(), ..HostSettings::new("card") };
         // A card is slow, and the suite is not.
         let settings = Settings { timeout: settings.timeout.max(PATIENCE), ..settings };
-        let engine = Host::new(OpenPgp::KIND, config.to_bytes(), host);
+        let engine = engine(Host::new(OpenPgp::KIND, config.to_bytes(), host));
         let device = Device::start(card.serial(), OpenPgp::KIND, settings, engine);
         shared.vault.add_device(device.clone(), Terms::default(), &[]).unwrap();
         Self { device, card }

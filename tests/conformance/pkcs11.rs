@@ -15,7 +15,9 @@ use tempfile::TempDir;
 use crate::{
     subject::{HasPin, MakesKeys, Subject},
     support::{
-        command, library, run,
+        command, library,
+        reactor::engine,
+        run,
         softhsm::{self, SoftHsm},
         tpm::{self, Tpm},
     },
@@ -31,7 +33,7 @@ pub(crate) fn device<V: Into<OsString>>(
 ) -> Device {
     let env = variables.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
     let host = HostSettings { env, program: program.into(), ..HostSettings::new("token") };
-    Device::start("token", Pkcs11::KIND, settings, Host::new(Pkcs11::KIND, config.encode(), host))
+    Device::start("token", Pkcs11::KIND, settings, engine(Host::new(Pkcs11::KIND, config.encode(), host)))
 }
 
 pub(crate) fn config(module: Module, token: &str) -> Config {

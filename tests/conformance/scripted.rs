@@ -13,7 +13,10 @@ use strongroom::{
 };
 use tempfile::TempDir;
 
-use crate::subject::{Fault, Faulty, HasPin, MakesKeys, Removable, Subject};
+use crate::{
+    subject::{Fault, Faulty, HasPin, MakesKeys, Removable, Subject},
+    support::reactor::engine,
+};
 
 /// Every fault waits for its control.
 const SCRIPT: &str = "
@@ -143,7 +146,7 @@ impl InChild {
         let script = format!("control = {:?}\n{first}\n{SCRIPT}", directory.path());
         let mut host = HostSettings::new("scripted");
         host.program = env!("CARGO_BIN_EXE_strongroom").into();
-        let engine = Host::new(Scripted::KIND, script.into_bytes(), host);
+        let engine = engine(Host::new(Scripted::KIND, script.into_bytes(), host));
         let subject = Self { directory, device: Device::start("scripted", Scripted::KIND, settings, engine) };
         subject.ready().await;
         subject

@@ -155,6 +155,7 @@ fn vault(seed: u64, tokens: &[Arc<Token>], world: &Arc<World>) -> Arc<Vault> {
         compute: Compute::inline(),
         lock_cost: Cost::least(),
         slot_time: Duration::ZERO,
+        reactor: None,
     };
     Vault::new(Settings { person_deadline: PERSON, ..Settings::default() }, parts)
 }

@@ -14,6 +14,7 @@ pub mod daemon;
 pub mod faults;
 pub mod gpg;
 pub mod pcsc;
+pub mod reactor;
 pub mod service;
 pub mod soft;
 pub mod softhsm;

@@ -22,7 +22,10 @@ use zeroize::Zeroizing;
 pub use session::HostSession;
 
 use super::{DeviceError, call::Engine};
-use crate::sys::spawn::{self, Child};
+use crate::{
+    reactor::Registry,
+    sys::spawn::{self, Child},
+};
 
 /// This program, even when its file has been replaced or removed since it started.
 const OWN_PROGRAM: &str = "/proc/self/exe";
@@ -32,7 +35,7 @@ const VARIABLES: [&str; 5] = ["HOME", "PATH", "LANG", "LC_*", "XDG_*"];
 /// Those by which the vendors' libraries find their tokens.
 const VENDORS: [&str; 5] = ["SOFTHSM2_CONF", "OPENSC_CONF", "TPM2_PKCS11_*", "P11_KIT_*", "KRYOPTIC_CONF"];
 
-/// Runs a driver in a child process.
+/// A child process, and what it is to do.
 pub struct Host {
     kind: &'static str,
     config: Zeroizing<Vec<u8>>,
@@ -137,18 +140,34 @@ impl Host {
     }
 }
 
-impl Engine for Host {
+/// Runs a driver in a child process, whose answers a reactor waits for.
+pub struct HostEngine {
+    /// The process.
+    pub host: Host,
+    /// Where its socket is waited for.
+    pub reactor: Registry,
+}
+
+impl Engine for HostEngine {
     type Session = HostSession;
 
     async fn open(&self) -> Result<HostSession, DeviceError> {
+        let host = &self.host;
         let opening = async {
-            let (mut socket, child, log) = self.start().await.map_err(|e| not_started(&e))?;
-            match session::open(&mut socket, &self.config).await {
-                Ok(lanes) => Ok(HostSession::start(socket, child, lanes?, log)),
+            let (mut socket, child, log) = host.start().await.map_err(|e| not_started(&e))?;
+            match session::open(&mut socket, &host.config).await {
+                Ok(lanes) => {
+                    let lanes = lanes?;
+                    HostSession::start(&self.reactor, socket, child, lanes, log).map_err(|e| not_started(&e))
+                }
                 Err(broken) => Err(DeviceError::Failed(broken.reason(session::end_of(&child).await))),
             }
         };
-        timeout(self.settings.open_timeout, opening).await.unwrap_or(Err(DeviceError::Timeout))
+        timeout(host.settings.open_timeout, opening).await.unwrap_or(Err(DeviceError::Timeout))
+    }
+
+    fn spawn(&self, worker: impl Future<Output = ()> + Send + 'static) {
+        self.reactor.spawn(worker);
     }
 }
 

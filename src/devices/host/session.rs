@@ -19,14 +19,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::net::{Shutdown, shutdown};
 use thiserror::Error;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
-    net::{
-        UnixStream,
-        unix::{OwnedReadHalf, OwnedWriteHalf},
-    },
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
+    net::UnixStream,
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
     time::timeout,
@@ -42,6 +38,7 @@ use crate::{
         DeviceError,
         call::{Call, Reply, Session, Underway},
     },
+    reactor::{Registry, Socket, SocketWriter},
     sys::spawn::Child,
 };
 
@@ -56,7 +53,8 @@ pub struct HostSession {
     ended: watch::Receiver<Option<String>>,
     /// Says how long the process may take to part. Dropped with the session: then the task kills it at once.
     stop: oneshot::Sender<Duration>,
-    task: JoinHandle<()>,
+    /// Sends nothing; it is closed when nothing of the process is left.
+    gone: oneshot::Receiver<Infallible>,
 }
 
 /// Why nothing more comes from a process.
@@ -166,16 +164,30 @@ pub(super) async fn end_of(child: &Child) -> Option<ExitStatus> {
 
 impl HostSession {
     /// A session on a process that has opened its device. `log` ends by itself soon after the process.
-    pub(super) fn start(socket: UnixStream, child: Child, lanes: usize, log: Option<JoinHandle<()>>) -> Self {
+    pub(super) fn start(
+        reactor: &Registry,
+        socket: UnixStream,
+        child: Child,
+        lanes: usize,
+        log: Option<JoinHandle<()>>,
+    ) -> io::Result<Self> {
         let limit = 2 * lanes + wire::SPARE_CALLS;
         // Each may be withdrawn.
         let (sender, late) = mpsc::channel(2 * limit);
-        let (input, output) = socket.into_split();
-        let calls = Arc::new(Calls::new(output, sender, limit));
         let (end, ended) = watch::channel(None);
         let (stop, stopped) = oneshot::channel();
-        let task = tokio::spawn(run(input, late, Arc::clone(&calls), child, stopped, log, end));
-        Self { calls, lanes, ended, stop, task }
+        let (going, gone) = oneshot::channel();
+        let mut started = None;
+        reactor.attend(socket.into_std()?.into(), |socket| {
+            let calls = Arc::new(Calls::new(socket.writer(), sender, limit));
+            started = Some(Arc::clone(&calls));
+            async move {
+                run(socket, late, calls, child, stopped, log, end).await;
+                drop(going);
+            }
+        })?;
+        let calls = started.ok_or(io::ErrorKind::Other)?;
+        Ok(Self { calls, lanes, ended, stop, gone })
     }
 }
 
@@ -208,8 +220,7 @@ impl Session for HostSession {
     async fn end(self, parting: Duration) {
         // An error is the end of the process, which was first.
         let _ = self.stop.send(parting);
-        // An error is the end of the runtime, which took the task with it.
-        let _ = self.task.await;
+        let _ = self.gone.await;
     }
 }
 
@@ -239,7 +250,7 @@ impl Underway for HostCall {
 
 /// Carries answers until the session ends, then sees the process off.
 async fn run(
-    input: OwnedReadHalf,
+    socket: Socket,
     mut late: mpsc::Receiver<Late>,
     calls: Arc<Calls>,
     child: Child,
@@ -248,8 +259,9 @@ async fn run(
     end: watch::Sender<Option<String>>,
 ) {
     let ended = {
+        let (input, output) = split(socket);
         let mut answers = std::pin::pin!(read_answers(input, &calls));
-        let writing = calls.write(&mut late);
+        let writing = calls.write(output, &mut late);
         tokio::select! {
             broken = &mut answers => Err(broken),
             // What cannot be written: the process is going, and what it still said is read.
@@ -280,7 +292,7 @@ async fn run(
     }
 }
 
-async fn read_answers(mut input: OwnedReadHalf, calls: &Calls) -> Broken {
+async fn read_answers(mut input: impl AsyncRead + Unpin, calls: &Calls) -> Broken {
     let mut incoming = Incoming::new();
     let read = async {
         loop {
@@ -303,19 +315,14 @@ type Late = (Frame, usize);
 /// The calls that have no answer yet, and the socket.
 struct Calls {
     next: AtomicU64,
-    /// `None` once the session is over.
-    state: Mutex<Option<State>>,
-    output: OwnedWriteHalf,
+    /// `None` once the session is over. Not locked while anything is sent, or answers would wait for it.
+    waiting: Mutex<Option<HashMap<u64, Waiting>>>,
+    /// Whether frames are late: others queue behind them.
+    blocked: Mutex<bool>,
+    output: SocketWriter,
     late: mpsc::Sender<Late>,
     /// How many may wait, those included whose callers have given up.
     limit: usize,
-}
-
-#[derive(Default)]
-struct State {
-    waiting: HashMap<u64, Waiting>,
-    /// Whether frames are late: others queue behind them.
-    blocked: bool,
 }
 
 struct Waiting {
@@ -368,12 +375,17 @@ impl Kind {
 }
 
 impl Calls {
-    fn new(output: OwnedWriteHalf, late: mpsc::Sender<Late>, limit: usize) -> Self {
-        Self { next: AtomicU64::new(wire::OPEN_ID + 1), state: Mutex::new(Some(State::default())), output, late, limit }
+    fn new(output: SocketWriter, late: mpsc::Sender<Late>, limit: usize) -> Self {
+        let (next, waiting) = (AtomicU64::new(wire::OPEN_ID + 1), Mutex::new(Some(HashMap::new())));
+        Self { next, waiting, blocked: Mutex::new(false), output, late, limit }
     }
 
-    fn state(&self) -> MutexGuard<'_, Option<State>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn waiting(&self) -> MutexGuard<'_, Option<HashMap<u64, Waiting>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn blocked(&self) -> MutexGuard<'_, bool> {
+        self.blocked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sends a call under the id that is returned; its answer comes from the receiver, whose error is the end of the session.
@@ -382,14 +394,19 @@ impl Calls {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let make = || {
             let frame = wire::encode_call(id, call)?;
-            let mut state = self.state();
-            let State { waiting, blocked } = state.as_mut().ok_or(DeviceError::Restarted)?;
-            if waiting.len() >= self.limit {
-                return Err(DeviceError::Busy);
-            }
-            self.send(blocked, frame)?;
             let (caller, answer) = oneshot::channel();
-            waiting.insert(id, Waiting { kind: Kind::asked_for(call), withdrawn: false, caller });
+            {
+                let mut waiting = self.waiting();
+                let waiting = waiting.as_mut().ok_or(DeviceError::Restarted)?;
+                if waiting.len() >= self.limit {
+                    return Err(DeviceError::Busy);
+                }
+                waiting.insert(id, Waiting { kind: Kind::asked_for(call), withdrawn: false, caller });
+            }
+            if let Err(error) = self.send(frame) {
+                self.waiting().as_mut().map(|waiting| waiting.remove(&id));
+                return Err(error);
+            }
             Ok(answer)
         };
         (id, make())
@@ -397,15 +414,18 @@ impl Calls {
 
     /// Takes a call back, if it waits and was not taken back before.
     fn withdraw(&self, id: u64) {
-        let mut state = self.state();
-        let Some(State { waiting, blocked }) = state.as_mut() else { return };
-        if let Some(call) = waiting.get_mut(&id).filter(|call| !call.withdrawn) {
-            call.withdrawn = self.send(blocked, wire::encode_withdraw(id)).is_ok();
+        let waits = |waiting: &mut HashMap<u64, Waiting>| {
+            waiting.get_mut(&id).is_some_and(|call| !std::mem::replace(&mut call.withdrawn, true))
+        };
+        if self.waiting().as_mut().is_some_and(waits) {
+            // There is room for it; without, the call is made.
+            let _ = self.send(wire::encode_withdraw(id));
         }
     }
 
     /// Sends a frame behind those that are late.
-    fn send(&self, blocked: &mut bool, frame: Frame) -> Result<(), DeviceError> {
+    fn send(&self, frame: Frame) -> Result<(), DeviceError> {
+        let mut blocked = self.blocked();
         // An error shows again where the rest is written.
         let written = if *blocked { 0 } else { self.output.try_write(&frame).unwrap_or(0) };
         if written < frame.len() {
@@ -417,19 +437,11 @@ impl Calls {
     }
 
     /// Writes what is late. Ends only with an error: the sender lives in here.
-    async fn write(&self, late: &mut mpsc::Receiver<Late>) -> io::Result<()> {
-        while let Some((frame, mut written)) = late.recv().await {
-            while written < frame.len() {
-                self.output.writable().await?;
-                match self.output.try_write(&frame[written..]) {
-                    Ok(n) => written += n,
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(e) => return Err(e),
-                }
-            }
-            if let Some(state) = &mut *self.state() {
-                state.blocked = !late.is_empty();
-            }
+    async fn write(&self, mut output: impl AsyncWrite + Unpin, late: &mut mpsc::Receiver<Late>) -> io::Result<()> {
+        while let Some((frame, written)) = late.recv().await {
+            output.write_all(&frame[written..]).await?;
+            let mut blocked = self.blocked();
+            *blocked = !late.is_empty();
         }
         Ok(())
     }
@@ -437,7 +449,7 @@ impl Calls {
     /// Hands an answer to its caller. One who has given up never learns of it.
     fn take(&self, body: &[u8]) -> Result<(), Broken> {
         let (id, answer) = wire::decode_answer(body)?;
-        let asked = self.state().as_mut().and_then(|state| state.waiting.remove(&id)).ok_or(Nonsense::Unasked)?;
+        let asked = self.waiting().as_mut().and_then(|waiting| waiting.remove(&id)).ok_or(Nonsense::Unasked)?;
         let reply = match answer {
             Ok(Answer::Reply(reply)) if asked.may_get(&reply) => Ok(reply),
             Ok(_) => return Err(Nonsense::WrongKind.into()),
@@ -449,9 +461,8 @@ impl Calls {
 
     /// Hangs up, and tells every caller that the session is over.
     fn close(&self) {
-        self.state().take();
-        // It fails where the process was first.
-        let _ = shutdown(self.output.as_ref(), Shutdown::Both);
+        self.waiting().take();
+        self.output.hang_up();
     }
 }
 
@@ -460,9 +471,12 @@ impl Calls {
 mod tests {
     use std::process::{Command, Stdio};
 
+    use tokio::runtime::Handle;
+
     use super::*;
     use crate::{
         devices::{Scan, Status},
+        reactor::Reactor,
         sys::spawn,
     };
 
@@ -470,6 +484,7 @@ mod tests {
     struct Fake {
         session: HostSession,
         socket: UnixStream,
+        _reactor: Reactor,
     }
 
     impl Fake {
@@ -478,7 +493,9 @@ mod tests {
             let mut sleep = Command::new("sleep");
             sleep.arg("1000").stdin(Stdio::null());
             let child = spawn::spawn(sleep).await.unwrap();
-            Self { session: HostSession::start(ours, child, lanes, None), socket }
+            let reactor = Reactor::start(1, &Handle::current()).unwrap();
+            let session = HostSession::start(reactor.registry(), ours, child, lanes, None).unwrap();
+            Self { session, socket, _reactor: reactor }
         }
 
         /// Makes the call and waits until it has come to the process.
@@ -535,7 +552,7 @@ mod tests {
     async fn calls_beyond_the_bound_are_refused_and_the_rest_go_on() {
         let mut fake = Fake::start(1).await;
         let mut waiting = Vec::new();
-        for _ in 0..1 + wire::SPARE_CALLS {
+        for _ in 0..2 + wire::SPARE_CALLS {
             waiting.push(fake.begin(Call::Health).await);
         }
         assert!(matches!(fake.session.call(Call::Health).await, Err(DeviceError::Busy)));

@@ -15,9 +15,10 @@ use crate::{
     devices::{
         DeviceError, Driver, MAX_LABEL,
         call::Engine,
-        host::{Host, HostSession, HostSettings, child::Watcher},
+        host::{Host, HostEngine, HostSession, HostSettings, child::Watcher},
     },
     prompt::harmless,
+    reactor::Registry,
     rfc4251::{Put, Reader},
 };
 
@@ -180,6 +181,8 @@ pub struct CardEngine {
     pub settings: HostSettings,
     /// Where the cards are.
     pub news: News,
+    /// Where the process's socket is waited for.
+    pub reactor: Registry,
 }
 
 impl Engine for CardEngine {
@@ -204,7 +207,12 @@ impl Engine for CardEngine {
             pkcs1_decrypt: self.pkcs1_decrypt,
             patience: self.patience,
         };
-        Host::new(OpenPgp::KIND, config.to_bytes(), self.settings.clone()).open().await
+        let host = Host::new(OpenPgp::KIND, config.to_bytes(), self.settings.clone());
+        HostEngine { host, reactor: self.reactor.clone() }.open().await
+    }
+
+    fn spawn(&self, worker: impl Future<Output = ()> + Send + 'static) {
+        self.reactor.spawn(worker);
     }
 }
 

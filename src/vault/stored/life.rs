@@ -369,6 +369,7 @@ mod tests {
             compute: Compute::inline(),
             lock_cost: Cost::least(),
             slot_time: Duration::ZERO,
+            reactor: None,
         };
         let vault = Vault::new(crate::vault::Settings::default(), parts);
         let master = MasterKey::generate().unwrap();

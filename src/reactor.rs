@@ -1,21 +1,24 @@
 //! The threads that wait for sockets, one for each core: whoever is free takes the next socket that has something to read,
-//! and polls what serves it right there. Knows futures and sockets; no agent.
+//! and polls what serves it right there. Knows futures and sockets; no agent and no device.
 //!
 //! All threads wait in one edge-triggered epoll set (epoll(7)), so that connections need not be dealt out, and none waits
 //! while a core has nothing to do. A tokio runtime would have one thread wait for all sockets and hand them to the
-//! others, which costs a tenth of the signatures that can be made (docs/performance.md). What a connection waits for
-//! besides its socket is tokio's, whose threads have other things to do than to poll it: a waker puts it into a queue and
-//! rings a bell in the set.
+//! others, which costs a tenth of the signatures that can be made (docs/performance.md). What a task waits for besides
+//! its socket may be tokio's, whose threads have other things to do than to poll it: a waker puts it into a queue and rings
+//! a bell in the set. What a task wakes while it is polled here, the same thread polls next: a request that goes from a
+//! connection to a device, and back, needs no other thread to be woken.
 
 mod socket;
 
 use std::{
+    cell::Cell,
     collections::{HashMap, VecDeque},
     future::Future,
     io, iter, mem,
     os::fd::OwnedFd,
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
+    ptr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering},
@@ -39,11 +42,14 @@ use tokio::runtime::Handle;
 use tracing::error;
 
 use socket::Ready;
-pub(super) use socket::{Listener, Socket};
+pub use socket::{Listener, Socket, SocketWriter};
 
 /// Sockets that a thread takes at once. The second waits for the first, even while another thread has nothing to do: with
 /// sixteen, eight clients had 6 % fewer signatures than with two, and twice the p99. With one, many clients had 2 % fewer.
 const EVENTS: usize = 2;
+/// How many tasks one after the other a thread polls because the one before has woken them. A signature of a device takes
+/// two: the connection wakes the device, or the process's socket wakes the device, which wakes the connection.
+const CHAIN: usize = 8;
 /// What the set calls the bell.
 const BELL: u64 = u64::MAX;
 
@@ -56,22 +62,24 @@ const RUNNING: u8 = 2;
 const SERVING: u8 = 0;
 /// every [`Ending`] is ready;
 const ENDING: u8 = 1;
-/// what it serves is dropped, and its threads end.
-const OVER: u8 = 2;
+/// what serves clients is dropped;
+const CUT: u8 = 2;
+/// everything is dropped, and its threads end.
+const OVER: u8 = 3;
 
 /// How long threads may take to end.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The threads, which end with it. To be dropped before the runtime.
-pub(super) struct Reactor {
+pub struct Reactor {
     registry: Registry,
     /// Sends nothing; it is closed when the last thread has ended.
     threads: mpsc::Receiver<()>,
 }
 
-/// Takes sockets that are to be served.
+/// Takes tasks, and sockets that are to be served.
 #[derive(Clone)]
-pub(super) struct Registry(Arc<Shared>);
+pub struct Registry(Arc<Shared>);
 
 struct Shared {
     /// All sockets, and the bell.
@@ -89,7 +97,7 @@ struct Shared {
 }
 
 /// Ready from when the reactor begins to end.
-pub(super) struct Ending(Arc<Shared>);
+pub struct Ending(Arc<Shared>);
 
 impl Future for Ending {
     type Output = ();
@@ -102,7 +110,7 @@ impl Future for Ending {
 
 impl Reactor {
     /// Starts so many threads. What they poll may use `runtime`.
-    pub(super) fn start(threads: usize, runtime: &Handle) -> io::Result<Self> {
+    pub fn start(threads: usize, runtime: &Handle) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             set: epoll::create(CreateFlags::CLOEXEC)?,
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -127,70 +135,99 @@ impl Reactor {
         Ok(reactor)
     }
 
-    pub(super) fn registry(&self) -> &Registry {
+    /// Takes what is to be served, also when the reactor has gone: then nothing serves it.
+    pub fn registry(&self) -> &Registry {
         &self.registry
     }
 
     /// From now on every [`Ending`] is ready.
-    pub(super) fn end(&self) {
+    pub fn end(&self) {
         let shared = &self.registry.0;
         shared.stage.fetch_max(ENDING, Ordering::AcqRel);
         shared.all().into_iter().for_each(Wake::wake);
     }
 
-    /// From now on what is served is dropped instead of polled, and threads end. Drops all that no thread is polling.
-    pub(super) fn stop(&self) {
+    /// From now on what serves clients is dropped instead of polled. Drops all of it that no thread is polling.
+    pub fn cut_off(&self) {
+        self.stop(CUT);
+    }
+
+    fn stop(&self, stage: u8) {
         let shared = &self.registry.0;
-        shared.stage.store(OVER, Ordering::Release);
+        shared.stage.fetch_max(stage, Ordering::AcqRel);
         shared.ring();
         let _runtime = shared.runtime.enter();
-        shared.drop_all();
+        shared.drop_stopped();
     }
 }
 
 impl Drop for Reactor {
-    /// Waits for the threads, unless one is stuck.
+    /// Drops all tasks, and waits for the threads, unless one is stuck.
     fn drop(&mut self) {
-        self.stop();
+        self.stop(OVER);
         let _ = self.threads.recv_timeout(PATIENCE);
     }
 }
 
 impl Registry {
     /// Serves a listening socket, which does not block, with the future that `work` makes.
-    pub(super) fn listen<F>(&self, socket: OwnedFd, work: impl FnOnce(Listener, Ending) -> F) -> io::Result<()>
+    pub fn listen<F>(&self, socket: OwnedFd, work: impl FnOnce(Listener, Ending) -> F) -> io::Result<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.add(socket, |socket, ready, ending| work(Listener::new(socket, ready), ending))
+        let socket = Arc::new(socket);
+        self.add(Some(&socket), false, |ready, ending| work(Listener::new(Arc::clone(&socket), ready), ending))
     }
 
     /// Serves a connection with the future that `work` makes. It is polled whenever there is something to read, and its
     /// panic is the end of this connection only.
-    pub(super) fn serve<F>(&self, socket: OwnedFd, work: impl FnOnce(Socket, Ending) -> F) -> io::Result<()>
+    pub fn serve<F>(&self, socket: OwnedFd, work: impl FnOnce(Socket, Ending) -> F) -> io::Result<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.add(socket, |socket, ready, ending| work(Socket::new(socket, ready), ending))
+        let socket = Arc::new(socket);
+        self.add(Some(&socket), false, |ready, ending| work(Socket::new(Arc::clone(&socket), ready), ending))
     }
 
-    fn add<F>(&self, socket: OwnedFd, work: impl FnOnce(Arc<OwnedFd>, Arc<Ready>, Ending) -> F) -> io::Result<()>
+    /// Polls what is no client's, until the reactor is dropped, when its socket has something to read or it is woken.
+    pub fn attend<F>(&self, socket: OwnedFd, work: impl FnOnce(Socket) -> F) -> io::Result<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let socket = Arc::new(socket);
+        self.add(Some(&socket), true, |ready, _| work(Socket::new(Arc::clone(&socket), ready)))
+    }
+
+    /// The same without a socket.
+    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        // Without a socket there is nothing that could fail.
+        let _ = self.add(None, true, |_, _| work);
+    }
+
+    fn add<F>(
+        &self,
+        socket: Option<&Arc<OwnedFd>>,
+        stays: bool,
+        work: impl FnOnce(Arc<Ready>, Ending) -> F,
+    ) -> io::Result<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let shared = &self.0;
         let id = shared.next.fetch_add(1, Ordering::Relaxed);
-        let (socket, ready) = (Arc::new(socket), Arc::new(Ready::new(id, Arc::clone(shared))));
-        let work: Work = Box::pin(work(Arc::clone(&socket), Arc::clone(&ready), Ending(Arc::clone(shared))));
-        let task = Arc::new(Task { state: AtomicU8::new(0), ready, work: Mutex::new(Some(work)) });
+        let ready = Arc::new(Ready::new(id, Arc::clone(shared)));
+        let work: Work = Box::pin(work(Arc::clone(&ready), Ending(Arc::clone(shared))));
+        let task = Arc::new(Task { state: AtomicU8::new(0), ready, stays, work: Mutex::new(Some(work)) });
         // Before the set knows it: a thread may see it at once, and whoever ends must find it.
         shared.tasks().insert(id, Arc::clone(&task));
-        if let Err(error) = epoll::add(&shared.set, &socket, EventData::new_u64(id), socket::TOLD) {
+        if let Some(socket) = socket
+            && let Err(error) = epoll::add(&shared.set, socket, EventData::new_u64(id), socket::TOLD)
+        {
             shared.tasks().remove(&id);
             return Err(error.into());
         }
-        // One that came too late to be among those that `end` had polled.
-        if shared.stage() >= ENDING {
+        // Who has no socket begins now, and who came too late is not among those that `end` had polled.
+        if socket.is_none() || shared.stage() >= ENDING {
             task.wake();
         }
         Ok(())
@@ -245,22 +282,27 @@ impl Shared {
         self.stage.load(Ordering::Acquire)
     }
 
-    fn work(&self) {
+    fn work(self: &Arc<Self>) {
         let _runtime = self.runtime.enter();
+        HERE.with(|here| here.reactor.set(Arc::as_ptr(self)));
         self.serve();
+        HERE.with(|here| here.reactor.set(ptr::null()));
         // The next thread hears it.
         self.ring();
         if self.stage() == OVER {
-            self.drop_all();
+            self.drop_stopped();
         }
     }
 
-    /// Drops every task that nobody is running. Who is running one does it himself.
-    fn drop_all(&self) {
+    /// Drops every task whose time is over and that nobody is running. Who is running one does it himself.
+    fn drop_stopped(&self) {
         for task in self.all() {
-            if task.want() && task.begin() {
+            if task.is_stopped() && task.want() && task.begin() {
                 task.run();
             }
+        }
+        if self.stage() < OVER {
+            return;
         }
         let woken = mem::take(&mut *self.woken());
         drop(woken);
@@ -286,13 +328,19 @@ impl Shared {
             wanted.extend(self.take_over());
             wanted.extend(again.take());
             for task in wanted.drain(..) {
-                if task.begin()
-                    && task.run()
-                    && let Some(other) = again.replace(task)
-                {
-                    // One is enough here: another thread may have less to do.
-                    self.hand_over(other);
+                let mut next = Some(task);
+                for _ in 0..CHAIN {
+                    let Some(task) = next.take() else { break };
+                    if task.begin()
+                        && task.run()
+                        && let Some(other) = again.replace(task)
+                    {
+                        // One is enough here: another thread may have less to do.
+                        self.hand_over(other);
+                    }
+                    next = HERE.with(|here| here.next.take());
                 }
+                next.into_iter().for_each(|task| self.hand_over(task));
             }
         }
     }
@@ -310,13 +358,42 @@ impl Shared {
     }
 }
 
+thread_local! {
+    static HERE: Here = const { Here { reactor: Cell::new(ptr::null()), next: Cell::new(None) } };
+}
+
+/// What a thread knows of itself.
+struct Here {
+    /// Whose thread it is; only ever compared.
+    reactor: Cell<*const Shared>,
+    /// The first task that the one it is polling has woken.
+    next: Cell<Option<Arc<Task>>>,
+}
+
+impl Here {
+    /// Keeps a task to be polled next, where there is none yet; otherwise gives it back.
+    fn keep(&self, task: Arc<Task>) -> Option<Arc<Task>> {
+        if self.reactor.get() != Arc::as_ptr(task.ready.shared()) {
+            return Some(task);
+        }
+        let (next, other) = match self.next.take() {
+            None => (task, None),
+            Some(next) => (next, Some(task)),
+        };
+        self.next.set(Some(next));
+        other
+    }
+}
+
 type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What serves a socket.
+/// What serves a socket, or has none.
 struct Task {
     /// [`WANTED`] and [`RUNNING`], or neither: then it waits.
     state: AtomicU8,
     ready: Arc<Ready>,
+    /// Whether it goes on when what serves clients is dropped.
+    stays: bool,
     /// `None` when it is over. Only who is running it has it locked.
     work: Mutex<Option<Work>>,
 }
@@ -343,10 +420,14 @@ impl Task {
         self.state.fetch_and(!RUNNING, Ordering::AcqRel) & WANTED != 0
     }
 
+    fn is_stopped(&self) -> bool {
+        self.ready.shared().stage() >= if self.stays { OVER } else { CUT }
+    }
+
     /// Polls its future, and drops it when that was the last time. The panic hook tells of a panic.
     fn is_over(self: &Arc<Self>) -> bool {
         let waker = Waker::from(Arc::clone(self));
-        let stopped = self.ready.shared().stage() >= OVER;
+        let stopped = self.is_stopped();
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         let polled = catch_unwind(AssertUnwindSafe(|| {
             let mut cx = Context::from_waker(&waker);
@@ -365,7 +446,10 @@ impl Wake for Task {
     fn wake(self: Arc<Self>) {
         if self.state.fetch_or(WANTED, Ordering::AcqRel) == 0 {
             let shared = Arc::clone(self.ready.shared());
-            shared.hand_over(self);
+            // No thread that is ending has anything to keep.
+            let mut task = Some(self);
+            let _ = HERE.try_with(|here| task = task.take().and_then(|task| here.keep(task)));
+            task.into_iter().for_each(|task| shared.hand_over(task));
         }
     }
 }

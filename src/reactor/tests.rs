@@ -341,11 +341,95 @@ fn at_the_end_everybody_is_told_and_who_does_not_listen_is_dropped() {
     let mut late = room.serve(|_, ending| ending);
     is_hung_up_on(&mut late);
     says(&mut idle, b"still there");
-    room.reactor.stop();
+    room.reactor.cut_off();
     is_hung_up_on(&mut idle);
     let mut rest = Vec::new();
     deaf.read_to_end(&mut rest).unwrap();
     assert!(rest.len() < 4 << 20);
+}
+
+#[test]
+fn what_is_no_clients_goes_on_until_the_reactor_is_dropped() {
+    let room = room(2);
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    room.reactor.registry().attend(theirs.into(), echo).unwrap();
+    let (ask, asked) = mpsc::channel::<oneshot::Sender<u8>>();
+    let (wake, mut woken) = watch::channel(());
+    room.reactor.registry().spawn(async move {
+        while woken.changed().await.is_ok() {
+            asked.recv().unwrap().send(7).unwrap();
+        }
+    });
+    let mut client = room.echo();
+    room.reactor.end();
+    room.reactor.cut_off();
+    is_hung_up_on(&mut client);
+    says(&mut ours, b"still there");
+    let (answer, answered) = oneshot::channel();
+    ask.send(answer).unwrap();
+    wake.send(()).unwrap();
+    assert_eq!(answered.blocking_recv(), Ok(7));
+    drop(room.reactor);
+    is_hung_up_on(&mut ours);
+    assert!(wake.is_closed());
+}
+
+#[test]
+fn what_a_task_wakes_first_its_own_thread_polls_next_and_others_the_rest() {
+    let room = room(3);
+    let (pass, passed) = watch::channel(());
+    let (tell, told) = mpsc::channel();
+    for _ in 0..2 {
+        let (mut passed, tell) = (passed.clone(), tell.clone());
+        room.reactor.registry().spawn(async move {
+            while passed.changed().await.is_ok() {
+                tell.send(thread::current().id()).unwrap();
+            }
+        });
+    }
+    let (both, of_both) = mpsc::channel();
+    let mut stream = room.serve(|mut socket, _| async move {
+        while socket.read_u8().await.is_ok() {
+            pass.send(()).unwrap();
+            // One is polled meanwhile, the other when this has been.
+            let other = told.recv_timeout(PATIENCE).unwrap();
+            let own = thread::current().id();
+            assert!(told.try_recv().is_err());
+            assert_ne!(own, other);
+            yield_now().await;
+            both.send((own, told.recv_timeout(PATIENCE).unwrap())).unwrap();
+        }
+    });
+    for _ in 0..50 {
+        // Who is being polled is not woken.
+        soon(|| room.reactor.registry.0.all().iter().all(|task| task.state.load(Ordering::Relaxed) == 0));
+        stream.write_all(b"a").unwrap();
+        let (own, next) = of_both.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(own, next);
+    }
+}
+
+#[test]
+fn tasks_that_wake_each_other_for_ever_leave_others_their_turns() {
+    let room = room(1);
+    let (ping, mut pinged) = watch::channel(());
+    let (pong, mut ponged) = watch::channel(());
+    room.reactor.registry().spawn(async move {
+        while pinged.changed().await.is_ok() {
+            pong.send(()).unwrap();
+        }
+    });
+    room.reactor.registry().spawn(async move {
+        ping.send(()).unwrap();
+        while ponged.changed().await.is_ok() {
+            ping.send(()).unwrap();
+        }
+    });
+    let mut stream = room.echo();
+    for _ in 0..100 {
+        says(&mut stream, b"a turn");
+    }
 }
 
 #[test]

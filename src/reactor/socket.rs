@@ -15,7 +15,7 @@ use std::{
 use rustix::{
     event::epoll::{self, EventData, EventFlags},
     io::Errno,
-    net::{RecvFlags, SendFlags, SocketFlags, accept_with, recv, send},
+    net::{RecvFlags, SendFlags, Shutdown, SocketFlags, accept_with, recv, send, shutdown},
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -67,7 +67,7 @@ impl Ready {
 }
 
 /// A listening socket.
-pub(in crate::daemon) struct Listener {
+pub struct Listener {
     socket: Arc<OwnedFd>,
     ready: Arc<Ready>,
 }
@@ -78,7 +78,7 @@ impl Listener {
     }
 
     /// The next connection; or an error of accept(2), after which it can be tried again.
-    pub(in crate::daemon) async fn accept(&self) -> io::Result<OwnedFd> {
+    pub async fn accept(&self) -> io::Result<OwnedFd> {
         poll_fn(|_| {
             // Before the call: what comes meanwhile makes it true again.
             if !self.ready.readable.swap(false, Ordering::AcqRel) {
@@ -96,8 +96,8 @@ impl Listener {
     }
 }
 
-/// A connection, which ends when it is dropped. It needs no waker.
-pub(in crate::daemon) struct Socket {
+/// A connection, which ends when it and its [writer](Socket::writer) are dropped. It needs no waker.
+pub struct Socket {
     socket: Arc<OwnedFd>,
     ready: Arc<Ready>,
     /// Whether the set tells of room for writing.
@@ -109,12 +109,33 @@ impl Socket {
         Self { socket, ready, is_told_of_room: false }
     }
 
+    /// For those who write without waiting.
+    pub fn writer(&self) -> SocketWriter {
+        SocketWriter(Arc::clone(&self.socket))
+    }
+
     /// Has the set tell of room for writing too, at once if there is some; or no longer.
     fn have_told_of_room(&mut self, wanted: bool) -> io::Result<()> {
         let flags = if wanted { TOLD | EventFlags::OUT } else { TOLD };
         epoll::modify(&self.ready.shared.set, &self.socket, EventData::new_u64(self.ready.id), flags)?;
         self.is_told_of_room = wanted;
         Ok(())
+    }
+}
+
+/// Writes to a [`Socket`] from elsewhere.
+pub struct SocketWriter(Arc<OwnedFd>);
+
+impl SocketWriter {
+    /// Writes as much as there is room for.
+    pub fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(send(&self.0, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)
+    }
+
+    /// Ends the connection in both directions.
+    pub fn hang_up(&self) {
+        // It fails where the peer was first.
+        let _ = shutdown(&self.0, Shutdown::Both);
     }
 }
 
