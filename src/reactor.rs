@@ -189,7 +189,7 @@ impl Registry {
         self.add(Some(&socket), false, |ready, ending| work(Socket::new(Arc::clone(&socket), ready), ending))
     }
 
-    /// Polls what is no client's, until the reactor is dropped, when its socket has something to read or it is woken.
+    /// Polls what is no client's, until the reactor is dropped: now, when its socket has something to read, or it is woken.
     pub fn attend<F>(&self, socket: OwnedFd, work: impl FnOnce(Socket) -> F) -> io::Result<()>
     where
         F: Future<Output = ()> + Send + 'static,
@@ -226,8 +226,8 @@ impl Registry {
             shared.tasks().remove(&id);
             return Err(error.into());
         }
-        // Who has no socket begins now, and who came too late is not among those that `end` had polled.
-        if socket.is_none() || shared.stage() >= ENDING {
+        // What is no client's may wait for other things first, and who came too late is not among those that `end` had polled.
+        if stays || shared.stage() >= ENDING {
             task.wake();
         }
         Ok(())

@@ -726,3 +726,6 @@ async fn at(instant: Option<Instant>) {
         None => pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -131,8 +131,13 @@ impl Act {
                 let count = random.pick(&[1, 1, 2, 5, 8]);
                 Self::Send(connection, (0..count).map(|_| Request::of(random, devices, locks)).collect())
             }
-            55..62 => Self::HangUp(connection),
-            62..76 => {
+            // More than a device has lanes for, so that it has some ahead.
+            55..61 => {
+                let key = own(device);
+                Self::Send(connection, (0..random.between(6, 16)).map(|_| Request::Sign(key)).collect())
+            }
+            61..66 => Self::HangUp(connection),
+            66..76 => {
                 let key = any_key(random, devices);
                 let time = |random: &mut Random, percent| {
                     random.percent(percent).then(|| Duration::from_millis(random.pick(&[1, 50, 700, 4_000, 90_000])))

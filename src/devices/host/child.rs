@@ -308,7 +308,8 @@ impl Inbox {
         let mut withdrawn = Vec::new();
         loop {
             match recv(socket, self.incoming.room()?, RecvFlags::DONTWAIT) {
-                Ok((0, _)) => return Ok(None),
+                // Or it has gone and left answers unread.
+                Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(None),
                 Ok((n, _)) => self.incoming.came(n),
                 Err(Errno::INTR) => continue,
                 Err(Errno::AGAIN) => return Ok(Some(withdrawn)),
@@ -381,10 +382,22 @@ fn serve<D: Hosted>(line: &Line) -> Result<(), ChildError> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
-    use std::{borrow::Cow, future::pending, io::Read, sync::Condvar};
+    use std::{
+        borrow::Cow,
+        future::pending,
+        io::Read,
+        sync::{Condvar, MutexGuard},
+    };
 
     use super::{super::incoming::READ_SIZE, *};
     use crate::devices::{Input, Operation, Scan, Scheme, Slot, Status};
+
+    /// One test's: whether somebody has come to it, and it is open.
+    static GATE: (Mutex<Option<bool>>, Condvar) = (Mutex::new(None), Condvar::new());
+
+    fn gate(is: impl Fn(Option<bool>) -> bool) -> MutexGuard<'static, Option<bool>> {
+        GATE.1.wait_while(GATE.0.lock().unwrap(), |gate| !is(*gate)).unwrap()
+    }
 
     /// Returns its input as the signature; some inputs are commands.
     struct Echo {
@@ -419,6 +432,11 @@ mod tests {
                     *there += 1;
                     self.together.1.notify_all();
                     drop(self.together.1.wait_while(there, |there| *there < 3).unwrap());
+                }
+                b"gate" => {
+                    *GATE.0.lock().unwrap() = Some(false);
+                    GATE.1.notify_all();
+                    drop(gate(|open| open == Some(true)));
                 }
                 b"timer" => tokio::time::sleep(std::time::Duration::from_millis(1)).await,
                 b"long" => return Ok(vec![0; 1 << 20]),
@@ -537,6 +555,28 @@ mod tests {
             drop(daemon);
             assert!(watcher.join().unwrap().is_ok());
         }
+    }
+
+    #[test]
+    fn a_call_that_was_withdrawn_before_a_lane_came_to_it_is_never_made() {
+        let (mut daemon, _) = opened();
+        daemon.sign(1, b"hang");
+        daemon.sign(2, b"hang");
+        // One lane reads three calls and begins the first; the second is withdrawn before the first is done.
+        daemon.send(&[&signing(3, b"gate")[..], &signing(4, b"never"), &signing(5, b"next")].concat());
+        drop(gate(|open| open.is_some()));
+        daemon.send(&wire::encode_withdraw(4));
+        // What has begun, and what never came, is not withdrawn.
+        daemon.send(&[&wire::encode_withdraw(1)[..], &wire::encode_withdraw(3), &wire::encode_withdraw(77)].concat());
+        *GATE.0.lock().unwrap() = Some(true);
+        GATE.1.notify_all();
+        assert_eq!(daemon.signature(), (3, b"gate".to_vec()));
+        assert!(matches!(daemon.answer(), (4, Ok(Answer::Reply(Reply::Withdrawn)))));
+        assert_eq!(daemon.signature(), (5, b"next".to_vec()));
+        // The same where both come as one.
+        daemon.send(&[&signing(6, b"timer")[..], &signing(7, b"never"), &wire::encode_withdraw(7)].concat());
+        assert!(matches!(daemon.answer(), (7, Ok(Answer::Reply(Reply::Withdrawn)))));
+        assert_eq!(daemon.signature(), (6, b"timer".to_vec()));
     }
 
     #[test]

@@ -564,6 +564,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_call_that_is_withdrawn_is_answered_either_way_and_once() {
+        let mut fake = Fake::start(2).await;
+        let mut withdrawn = Vec::new();
+        for _ in 0..2 {
+            let call = fake.session.call(Call::Random(1));
+            let (id, _) = wire::decode_request(&read_body(&mut fake.socket).await.unwrap()).unwrap();
+            call.withdraw();
+            let told = wire::decode_request(&read_body(&mut fake.socket).await.unwrap()).unwrap();
+            assert!(matches!(told, (its, wire::Request::Withdraw) if its == id));
+            call.withdraw();
+            withdrawn.push((id, call));
+        }
+        for (reply, (id, call)) in [Reply::Withdrawn, bytes(1)].into_iter().zip(withdrawn) {
+            let is_withdrawn = matches!(reply, Reply::Withdrawn);
+            fake.answer(id, reply).await;
+            assert_eq!(matches!(call.await, Ok(Reply::Withdrawn)), is_withdrawn);
+        }
+        // No second withdrawal has been sent, nor one of what has an answer.
+        let (one, call) = fake.begin(Call::Random(1)).await;
+        fake.answer(one, bytes(1)).await;
+        assert!(call.await.unwrap().is_ok());
+    }
+
+    #[tokio::test]
     async fn an_unknown_id_ends_the_session() {
         let mut fake = Fake::start(1).await;
         let (id, call) = fake.begin(Call::Scan).await;
@@ -584,8 +608,13 @@ mod tests {
 
     #[tokio::test]
     async fn an_answer_of_another_kind_ends_the_session() {
-        let kinds: [fn() -> Reply; 4] =
-            [|| Reply::Scan(Scan::default()), || Reply::Status(Status::default()), || Reply::Done, || bytes(1)];
+        let kinds: [fn() -> Reply; 5] = [
+            || Reply::Scan(Scan::default()),
+            || Reply::Status(Status::default()),
+            || Reply::Done,
+            || bytes(1),
+            || Reply::Withdrawn,
+        ];
         let calls = [Call::Scan, Call::Health, Call::Unlock("1".into()), Call::Random(1)];
         for (asked, call) in calls.iter().enumerate() {
             for (given, reply) in kinds.iter().enumerate() {

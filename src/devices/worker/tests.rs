@@ -1,0 +1,309 @@
+//! The order and the fate of what a driver is given before it has a lane for it, with a driver that the test plays itself.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+use std::{borrow::Cow, future::Future};
+
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinHandle,
+    time::advance,
+};
+
+use super::*;
+use crate::devices::{DecryptScheme, Device, Operation, Outcome, Patience, Settings};
+
+const LANES: usize = 2;
+const AHEAD: usize = 2;
+/// Longer than any timer here that the test does not wait for itself.
+const QUIET: Duration = Duration::from_millis(1);
+
+/// A driver's side, as the test sees it.
+struct Desk {
+    calls: mpsc::UnboundedReceiver<Made>,
+    death: Arc<Notify>,
+    device: Device,
+    asked: u8,
+}
+
+/// A call that came to the driver.
+struct Made {
+    call: Call,
+    answer: oneshot::Sender<Answer>,
+    withdrawn: Arc<Notify>,
+}
+
+struct Played {
+    calls: mpsc::UnboundedSender<Made>,
+    death: Arc<Notify>,
+}
+
+struct PlayedCall {
+    answer: oneshot::Receiver<Answer>,
+    withdrawn: Arc<Notify>,
+}
+
+impl Future for PlayedCall {
+    type Output = Answer;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Answer> {
+        Pin::new(&mut self.answer).poll(cx).map(|answer| answer.unwrap_or(Err(DeviceError::Restarted)))
+    }
+}
+
+impl Underway for PlayedCall {
+    fn withdraw(&self) {
+        self.withdrawn.notify_one();
+    }
+}
+
+impl Engine for Played {
+    type Session = Self;
+
+    async fn open(&self) -> Result<Self, DeviceError> {
+        Ok(Self { calls: self.calls.clone(), death: Arc::clone(&self.death) })
+    }
+}
+
+impl Session for Played {
+    fn lanes(&self) -> usize {
+        LANES
+    }
+
+    fn ahead(&self) -> usize {
+        AHEAD
+    }
+
+    fn call(&self, call: Call) -> impl Underway {
+        let (sender, answer) = oneshot::channel();
+        let withdrawn = Arc::new(Notify::new());
+        match call {
+            Call::Scan => _ = sender.send(Ok(Reply::Scan(Scan::default()))),
+            call => _ = self.calls.send(Made { call, answer: sender, withdrawn: Arc::clone(&withdrawn) }),
+        }
+        PlayedCall { answer, withdrawn }
+    }
+
+    fn died(&self) -> impl Future<Output = String> + Send + 'static {
+        let death = Arc::clone(&self.death);
+        async move {
+            death.notified().await;
+            "as the test wants it".to_owned()
+        }
+    }
+
+    async fn end(self, _: Duration) {}
+}
+
+impl Made {
+    /// What the operation is called.
+    fn name(&self) -> u8 {
+        match &self.call {
+            Call::Operate(_, Operation::Decrypt { ciphertext, .. }) => ciphertext[0],
+            other => panic!("{other:?} is no operation"),
+        }
+    }
+
+    fn answers(self) {
+        let name = self.name();
+        self.answer.send(Ok(Reply::Bytes(vec![name].into()))).ok().unwrap();
+    }
+
+    async fn is_withdrawn(&self) {
+        self.withdrawn.notified().await;
+    }
+
+    fn was_withdrawn(self) {
+        self.answer.send(Ok(Reply::Withdrawn)).ok().unwrap();
+    }
+}
+
+impl Desk {
+    fn new() -> Self {
+        let ((sender, calls), death) = (mpsc::unbounded_channel(), Arc::new(Notify::new()));
+        let engine = Played { calls: sender, death: Arc::clone(&death) };
+        Self { calls, death, device: Device::start("played", "played", Settings::default(), engine), asked: 0 }
+    }
+
+    /// A device that has shown that it is brisk.
+    async fn brisk() -> Self {
+        let mut desk = Self::new();
+        for _ in 0..BRISK_RUN {
+            let answer = desk.ask();
+            desk.next().await.answers();
+            assert!(answer.await.unwrap().is_ok());
+        }
+        desk
+    }
+
+    /// Asks for an operation, which is called one more than the last.
+    fn ask(&mut self) -> JoinHandle<Result<u8, DeviceError>> {
+        self.asked += 1;
+        let (device, name) = (self.device.clone(), self.asked);
+        let key = FoundKey {
+            slot: Slot([].into()),
+            blob: [].into(),
+            certificates: Vec::new(),
+            label: String::new(),
+            schemes: Vec::new(),
+            decrypts: vec![DecryptScheme::RsaPkcs1v15],
+            derives: Vec::new(),
+            touch: false,
+            ssh: false,
+            note: String::new(),
+        };
+        let operation = Operation::Decrypt {
+            scheme: DecryptScheme::RsaPkcs1v15,
+            label: Cow::Borrowed(b""),
+            ciphertext: vec![name].into(),
+        };
+        tokio::spawn(async move {
+            match device.operate(1, &key, operation, Patience::default()).await? {
+                Outcome::Secret(bytes) => Ok(bytes[0]),
+                Outcome::Signature(_) => panic!("a signature"),
+            }
+        })
+    }
+
+    /// What comes to the driver next.
+    async fn next(&mut self) -> Made {
+        self.calls.recv().await.unwrap()
+    }
+
+    async fn is_quiet(&mut self) {
+        assert!(timeout(QUIET, self.calls.recv()).await.is_err());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_brisk_device_has_operations_ahead_and_no_more_than_it_takes() {
+    let mut desk = Desk::brisk().await;
+    let answers: Vec<_> = (0..6).map(|_| desk.ask()).collect();
+    let mut made = Vec::new();
+    for _ in 0..LANES + AHEAD {
+        made.push(desk.next().await);
+    }
+    desk.is_quiet().await;
+    assert_eq!(desk.device.load(), (4, LANES));
+    for _ in 0..2 {
+        made.remove(0).answers();
+        made.push(desk.next().await);
+    }
+    made.into_iter().for_each(Made::answers);
+    let names: Vec<u8> = join(answers).await.into_iter().map(Result::unwrap).collect();
+    assert_eq!(names, [5, 6, 7, 8, 9, 10]);
+    assert_eq!(desk.device.load(), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_that_is_not_brisk_has_none_ahead() {
+    let mut desk = Desk::brisk().await;
+    let slow = desk.ask();
+    let made = desk.next().await;
+    advance(BRISK + QUIET).await;
+    made.answers();
+    assert!(slow.await.unwrap().is_ok());
+    let answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
+    let (first, second) = (desk.next().await, desk.next().await);
+    desk.is_quiet().await;
+    first.answers();
+    let third = desk.next().await;
+    [second, third].into_iter().for_each(Made::answers);
+    assert!(join(answers).await.iter().all(Result::is_ok));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_gives_up_takes_back_what_has_not_begun_and_makes_room() {
+    let mut desk = Desk::brisk().await;
+    let answers: Vec<_> = (0..4).map(|_| desk.ask()).collect();
+    let [first, second, third, fourth] = [desk.next().await, desk.next().await, desk.next().await, desk.next().await];
+    answers[0].abort();
+    answers[2].abort();
+    third.is_withdrawn().await;
+    assert!(timeout(QUIET, first.is_withdrawn()).await.is_err(), "it has begun");
+    // Until the driver has said so, it may have begun: then it has a lane.
+    let waits = desk.ask();
+    second.answers();
+    desk.is_quiet().await;
+    third.was_withdrawn();
+    let fifth = desk.next().await;
+    assert_eq!((fourth.name(), fifth.name()), (8, 9));
+    [first, fourth, fifth].into_iter().for_each(Made::answers);
+    assert_eq!(waits.await.unwrap(), Ok(9));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_has_not_begun_when_the_driver_dies_is_made_by_the_next() {
+    let mut desk = Desk::brisk().await;
+    let answers: Vec<_> = (0..5).map(|_| desk.ask()).collect();
+    let mut made = Vec::new();
+    for _ in 0..4 {
+        made.push(desk.next().await);
+    }
+    // A lane answers, and begins the third, before the driver dies.
+    made.remove(0).answers();
+    made.push(desk.next().await);
+    desk.death.notify_waiters();
+    drop(made);
+    for expected in [8, 9] {
+        let made = desk.next().await;
+        assert_eq!(made.name(), expected);
+        made.answers();
+    }
+    let outcomes = join(answers).await;
+    let restarted = Err(DeviceError::Restarted);
+    assert_eq!(outcomes, [Ok(5), restarted.clone(), restarted, Ok(8), Ok(9)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_ahead_when_a_lane_stalls_is_taken_back_and_made_later() {
+    for comes_back in [true, false] {
+        let mut desk = Desk::brisk().await;
+        let hung = desk.ask();
+        let first = desk.next().await;
+        advance(desk.device.settings().timeout - QUIET).await;
+        let answers: Vec<_> = (0..2).map(|_| desk.ask()).collect();
+        let (second, third) = (desk.next().await, desk.next().await);
+        third.is_withdrawn().await;
+        third.was_withdrawn();
+        desk.is_quiet().await;
+        // Where nothing but what is stalled is left, the driver is ended.
+        let (now, later) = if comes_back { (first, Some(second)) } else { (second, None) };
+        now.answers();
+        let again = desk.next().await;
+        assert_eq!(again.name(), 7);
+        again.answers();
+        later.into_iter().for_each(Made::answers);
+        assert_eq!(hung.await.unwrap(), Err(DeviceError::Timeout));
+        assert_eq!(join(answers).await, [Ok(6), Ok(7)]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_goes_before_a_login_whose_turn_it_is() {
+    let mut desk = Desk::brisk().await;
+    let mut answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
+    let [first, second, third] = [desk.next().await, desk.next().await, desk.next().await];
+    let device = desk.device.clone();
+    let login = tokio::spawn(async move { device.unlock("1234".into()).await });
+    desk.is_quiet().await;
+    answers.push(desk.ask());
+    desk.is_quiet().await;
+    first.answers();
+    desk.is_quiet().await;
+    second.answers();
+    let unlock = desk.next().await;
+    assert!(matches!(unlock.call, Call::Unlock(_)));
+    unlock.answer.send(Ok(Reply::Done)).ok().unwrap();
+    third.answers();
+    desk.next().await.answers();
+    assert_eq!(login.await.unwrap(), Ok(()));
+    assert!(join(answers).await.iter().all(Result::is_ok));
+}
+
+async fn join(answers: Vec<JoinHandle<Result<u8, DeviceError>>>) -> Vec<Result<u8, DeviceError>> {
+    let mut outcomes = Vec::new();
+    for answer in answers {
+        outcomes.push(answer.await.unwrap());
+    }
+    outcomes
+}
