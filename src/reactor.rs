@@ -1,11 +1,11 @@
 //! The threads that wait for sockets, one for each core: whoever is free takes the next socket that has something to read,
 //! and polls what serves it right there. Knows futures and sockets; no agent and no device.
 //!
-//! All threads wait in one edge-triggered epoll set (epoll(7)), so that connections need not be dealt out, and none waits
-//! while a core has nothing to do. A tokio runtime would have one thread wait for all sockets and hand them to the
+//! All threads wait in one edge-triggered epoll set (epoll(7)), so that connections need not be dealt out, and no socket
+//! waits while a core has nothing to do. A tokio runtime would have one thread wait for all sockets and hand them to the
 //! others, which costs a tenth of the signatures that can be made (docs/performance.md). What a task waits for besides
 //! its socket may be tokio's, whose threads have other things to do than to poll it: a waker puts it into a queue and rings
-//! a bell in the set. What a task wakes while it is polled here, the same thread polls next: a request that goes from a
+//! a bell in the set. What a task wakes first while it is polled here, the same thread polls next: a request that goes from a
 //! connection to a device, and back, needs no other thread to be woken.
 
 mod socket;
@@ -228,7 +228,11 @@ impl Registry {
         }
         // What is no client's may wait for other things first, and who came too late is not among those that `end` had polled.
         if stays || shared.stage() >= ENDING {
-            task.wake();
+            Arc::clone(&task).wake();
+        }
+        // Nobody would drop it later.
+        if task.is_stopped() && task.want() && task.begin() {
+            task.run();
         }
         Ok(())
     }
@@ -371,6 +375,14 @@ struct Here {
 }
 
 impl Here {
+    /// Whether the task that is being polled has woken another, which waits for its end.
+    fn has_next(&self) -> bool {
+        let next = self.next.take();
+        let has_next = next.is_some();
+        self.next.set(next);
+        has_next
+    }
+
     /// Keeps a task to be polled next, where there is none yet; otherwise gives it back.
     fn keep(&self, task: Arc<Task>) -> Option<Arc<Task>> {
         if self.reactor.get() != Arc::as_ptr(task.ready.shared()) {

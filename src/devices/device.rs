@@ -178,8 +178,11 @@ impl Shared {
     }
 
     /// The job whose turn it is, if it is one that may be given to the driver before there is a lane for it.
-    pub(super) fn next_job_ahead(&self, may: impl Fn(&Call) -> bool) -> Option<Job> {
-        self.take_job(|turns| turns.pop_next_if(|job| job.reply.is_closed() || may(&job.call)))
+    pub(super) fn next_job_ahead(&self, may: impl Fn(&Job) -> bool) -> Option<Job> {
+        let mut job = self.take_job(|turns| turns.pop_next_if(|job| job.reply.is_closed() || may(job)))?;
+        // Nobody can be crowded out of it here.
+        job.place = None;
+        Some(job)
     }
 
     fn take_job(&self, mut next: impl FnMut(&mut Turns<Job>) -> Option<Job>) -> Option<Job> {
@@ -191,16 +194,18 @@ impl Shared {
 
     /// Has a job wait again that the driver had and did not begin.
     pub(super) fn put_back(&self, job: Job) {
-        if job.reply.is_closed() {
-            return;
-        }
         let mut queue = self.queue();
-        let Some(refusal) = queue.refusal.clone() else {
-            job.begun.store(false, Ordering::Relaxed);
-            return queue.turns.put_back(job.owner, job);
-        };
-        drop(queue);
-        let _ = job.reply.send(Err(refusal));
+        match queue.refusal.clone() {
+            Some(refusal) => {
+                drop(queue);
+                let _ = job.reply.send(Err(refusal));
+            }
+            None if job.reply.is_closed() => drop(queue),
+            None => {
+                job.begun.store(false, Ordering::Relaxed);
+                queue.turns.put_back(job.owner, job);
+            }
+        }
     }
 
     /// A place in the full queue for an owner that has fewer than another: whoever fills it must not keep the others out.

@@ -267,6 +267,8 @@ struct Lanes<'a, S> {
     active: BTreeMap<u64, Active>,
     /// What the driver has besides, in the order in which it begins.
     ahead: VecDeque<Ahead>,
+    /// What was taken back although somebody waits for it, by its id: it is put back together, in its order.
+    returned: BTreeMap<u64, Job>,
     started: u64,
     /// Brisk operations in a row.
     brisk: u32,
@@ -297,7 +299,7 @@ struct Ahead {
     id: u64,
     /// To be made anew if the driver ends before.
     job: Job,
-    /// Whether it was taken back. The driver may have begun it then: until it has said so, a lane counts as taken.
+    /// Whether it was taken back. The driver has not said yet whether it was in time.
     withdrawn: bool,
 }
 
@@ -305,6 +307,8 @@ struct Ahead {
 enum Task {
     /// Somebody's.
     Job { reply: oneshot::Sender<Result<Reply, DeviceError>>, effect: Effect },
+    /// The same, of an operation that was [`Ahead`].
+    Ahead(Job),
     /// Our own, to see how the device is.
     Probe,
 }
@@ -371,6 +375,7 @@ impl<'a, S: Session> Lanes<'a, S> {
             running: Running::default(),
             active: BTreeMap::new(),
             ahead: VecDeque::new(),
+            returned: BTreeMap::new(),
             started: 0,
             brisk: 0,
             drain_until: None,
@@ -423,7 +428,10 @@ impl<'a, S: Session> Lanes<'a, S> {
 
     /// Gives free lanes work. A stalled lane keeps the others from beginning anything.
     fn fill(&mut self) {
-        while self.drain_until.is_none() && self.in_lanes() < self.lanes {
+        if self.drain_until.is_none() {
+            self.put_back();
+        }
+        while self.drain_until.is_none() && self.active.len() < self.lanes {
             let underway = |kind| self.active.values().any(|active| active.kind == kind);
             // A token's keys are not changed while it is looked at: what is half written is taken for gone.
             let (may_look, may_change) = (!underway(Kind::Change), !underway(Kind::Look) && !self.rescan);
@@ -442,29 +450,25 @@ impl<'a, S: Session> Lanes<'a, S> {
             }
         }
         self.fill_ahead();
-        self.shared.active.store(self.in_lanes(), Ordering::Relaxed);
-        self.shared.ahead.store(self.active.len() + self.ahead.len() - self.in_lanes(), Ordering::Relaxed);
+        self.shared.active.store(self.active.len(), Ordering::Relaxed);
+        self.shared.ahead.store(self.ahead.len() + self.returned.len(), Ordering::Relaxed);
     }
 
     /// Gives the driver operations for when its lanes come free. Anything else, a scan that is due included, waits for a
-    /// lane, and then nothing goes before it.
+    /// lane, and then nothing goes before it. So does what wants a touch: it may keep its lane for long.
     fn fill_ahead(&mut self) {
-        let may = |call: &Call| Kind::of(call) == Kind::Operate;
+        let limit = self.shared.settings.timeout;
+        let may = |job: &Job| Kind::of(&job.call) == Kind::Operate && job.limit <= limit;
         while self.drain_until.is_none()
             && self.brisk >= BRISK_RUN
             && !self.rescan
-            && self.in_lanes() >= self.lanes
+            && self.active.len() >= self.lanes
             && self.ahead.len() < self.session.ahead()
             && let Some(job) = self.shared.next_job_ahead(may)
         {
             let id = self.send(job.call.clone());
             self.ahead.push_back(Ahead { id, job, withdrawn: false });
         }
-    }
-
-    /// Calls that lanes make, or may make.
-    fn in_lanes(&self) -> usize {
-        self.active.len() + self.ahead.iter().filter(|ahead| ahead.withdrawn).count()
     }
 
     fn start(&mut self, call: Call, task: Task, limit: Duration) {
@@ -486,14 +490,25 @@ impl<'a, S: Session> Lanes<'a, S> {
         self.active.insert(id, active);
     }
 
-    /// Knows of calls that the driver has begun because lanes have answered.
+    /// Knows of calls that the driver has begun because lanes have answered. One that was taken back it has begun, or it
+    /// says right away that it has not.
     fn follow(&mut self) {
-        while self.in_lanes() < self.lanes
-            && let Some(at) = self.ahead.iter().position(|ahead| !ahead.withdrawn)
-            && let Some(Ahead { id, job, .. }) = self.ahead.remove(at)
+        while self.active.len() < self.lanes
+            && let Some(Ahead { id, job, .. }) = self.ahead.pop_front()
         {
-            let (kind, effect) = (Kind::of(&job.call), Effect::of(&job.call));
-            self.begun(id, kind, Task::Job { reply: job.reply, effect }, job.limit);
+            self.has_begun(id, job);
+        }
+    }
+
+    fn has_begun(&mut self, id: u64, job: Job) {
+        let limit = job.limit;
+        self.begun(id, Kind::of(&job.call), Task::Ahead(job), limit);
+    }
+
+    /// Has what was taken back wait again, in its order.
+    fn put_back(&mut self) {
+        while let Some((_, job)) = self.returned.pop_last() {
+            self.shared.put_back(job);
         }
     }
 
@@ -524,8 +539,12 @@ impl<'a, S: Session> Lanes<'a, S> {
             None => return self.done_ahead(id, result),
         };
         self.probe_at = Instant::now();
-        if active.kind == Kind::Operate && result.is_ok() {
-            self.brisk = if active.since.elapsed() <= BRISK { self.brisk.saturating_add(1) } else { 0 };
+        if active.kind == Kind::Operate {
+            match active.since.elapsed() <= BRISK {
+                true if matches!(result, Ok(Reply::Bytes(_))) => self.brisk = self.brisk.saturating_add(1),
+                true => {}
+                false => self.brisk = 0,
+            }
         }
         let is_login = matches!(active.task, Task::Job { effect: Effect::LogsIn, .. });
         // After a login that failed, people shall be told at once what tries are left.
@@ -547,6 +566,11 @@ impl<'a, S: Session> Lanes<'a, S> {
                 }
                 // Whoever asked may have given up.
                 let _ = reply.send(result);
+            }
+            Task::Ahead(job) if matches!(result, Ok(Reply::Withdrawn)) => _ = self.returned.insert(id, job),
+            Task::Ahead(job) => {
+                self.learn(&result, Effect::None);
+                let _ = job.reply.send(result);
             }
             Task::Probe if outdated => {}
             Task::Probe => self.probed(result),
@@ -571,13 +595,11 @@ impl<'a, S: Session> Lanes<'a, S> {
         }
         let Ahead { job, .. } = self.ahead.remove(at)?;
         if matches!(result, Ok(Reply::Withdrawn)) {
-            self.shared.put_back(job);
-            self.follow();
+            self.returned.insert(id, job);
             return None;
         }
         // It is ready before the answer that made room for it was looked at.
-        let effect = Effect::of(&job.call);
-        self.begun(id, Kind::of(&job.call), Task::Job { reply: job.reply, effect }, job.limit);
+        self.has_begun(id, job);
         self.done(id, result)
     }
 
@@ -665,11 +687,11 @@ impl<'a, S: Session> Lanes<'a, S> {
         while let Poll::Ready((id, result)) = self.running.poll_next(&mut Context::from_waker(Waker::noop())) {
             let _ = self.done(id, result);
         }
-        while let Some(Ahead { job, .. }) = self.ahead.pop_back() {
-            self.shared.put_back(job);
-        }
+        let ahead = std::mem::take(&mut self.ahead).into_iter().map(|Ahead { id, job, .. }| (id, job));
+        self.returned.extend(ahead);
+        self.put_back();
         for active in std::mem::take(&mut self.active).into_values() {
-            if let Task::Job { reply, .. } = active.task {
+            if let Task::Job { reply, .. } | Task::Ahead(Job { reply, .. }) = active.task {
                 let error = if active.stalled { DeviceError::Timeout } else { why.clone() };
                 let _ = reply.send(Err(error));
             }

@@ -19,7 +19,7 @@ use rustix::{
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::Shared;
+use super::{HERE, Here, Shared};
 
 /// What the set tells of a socket: that there is something to read, or that its peer writes no more; each once.
 pub(super) const TOLD: EventFlags = EventFlags::IN.union(EventFlags::RDHUP).union(EventFlags::ET);
@@ -140,10 +140,16 @@ impl SocketWriter {
 }
 
 impl AsyncRead for Socket {
-    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let ready = &self.ready;
         // Before the call: what comes meanwhile makes it true again.
         if !ready.readable.swap(false, Ordering::AcqRel) {
+            return Poll::Pending;
+        }
+        // Whoever has something to read goes on when what it has woken has had its turn.
+        if HERE.with(Here::has_next) {
+            ready.readable.store(true, Ordering::Release);
+            cx.waker().wake_by_ref();
             return Poll::Pending;
         }
         let room = buffer.initialize_unfilled();

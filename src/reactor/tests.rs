@@ -370,9 +370,39 @@ fn what_is_no_clients_goes_on_until_the_reactor_is_dropped() {
     ask.send(answer).unwrap();
     wake.send(()).unwrap();
     assert_eq!(answered.blocking_recv(), Ok(7));
+    let registry = room.reactor.registry().clone();
     drop(room.reactor);
     is_hung_up_on(&mut ours);
     assert!(wake.is_closed());
+    // What comes later is dropped at once.
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    registry.attend(theirs.into(), echo).unwrap();
+    is_hung_up_on(&mut ours);
+}
+
+#[test]
+fn who_has_woken_another_reads_on_when_that_has_had_its_turn() {
+    let room = room(1);
+    let (wake, mut woken) = watch::channel(());
+    let (tell, told) = mpsc::channel();
+    let heard = tell.clone();
+    room.reactor.registry().spawn(async move {
+        while woken.changed().await.is_ok() {
+            heard.send('w').unwrap();
+        }
+    });
+    let mut stream = room.serve(|mut socket, _| async move {
+        // One read each: nothing is left of them in between.
+        while socket.read_u8().await.is_ok() {
+            tell.send('r').unwrap();
+            wake.send(()).unwrap();
+        }
+    });
+    // It waits from its first turn on.
+    soon(|| room.reactor.registry.0.all().iter().all(|task| task.state.load(Ordering::Relaxed) == 0));
+    stream.write_all(b"abc").unwrap();
+    let order: String = (0..6).map(|_| told.recv_timeout(PATIENCE).unwrap()).collect();
+    assert_eq!(order, "rwrwrw");
 }
 
 #[test]

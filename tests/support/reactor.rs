@@ -1,4 +1,4 @@
-//! A reactor for devices that have no daemon around them: one for the whole test program, which ends with it.
+//! A reactor for devices that have no daemon around them: one for the whole test program.
 
 use std::sync::{LazyLock, Mutex};
 

@@ -1,7 +1,7 @@
 //! The daemon's side of a device's process: calls on their way, their answers, and the end of it all. Knows frames;
 //! starts nothing.
 //!
-//! A task owns the socket and the process. Whatever the process does wrong ends the session: a frame that is none, an
+//! A task owns the process and reads the socket. Whatever the process does wrong ends the session: a frame that is none, an
 //! answer to what was not asked, an answer of another kind than its call's. Ids come once, so that no answer can reach
 //! another call.
 
@@ -23,7 +23,10 @@ use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, split},
     net::UnixStream,
-    sync::{mpsc, oneshot, watch},
+    sync::{
+        mpsc::{self, error::TrySendError},
+        oneshot, watch,
+    },
     task::JoinHandle,
     time::timeout,
 };
@@ -211,7 +214,7 @@ impl Session for HostSession {
         async move {
             match ended.wait_for(Option::is_some).await {
                 Ok(reason) => reason.clone().unwrap_or_default(),
-                // The runtime is ending, and took the task with it.
+                // The reactor is ending, and took the task with it.
                 Err(_) => "the device's process was ended".into(),
             }
         }
@@ -430,7 +433,10 @@ impl Calls {
         let written = if *blocked { 0 } else { self.output.try_write(&frame).unwrap_or(0) };
         if written < frame.len() {
             // Has room for every call that waits; without, the process answers what it has not read yet.
-            self.late.try_send((frame, written)).map_err(|_| DeviceError::Busy)?;
+            self.late.try_send((frame, written)).map_err(|error| match error {
+                TrySendError::Full(_) => DeviceError::Busy,
+                TrySendError::Closed(_) => DeviceError::Restarted,
+            })?;
             *blocked = true;
         }
         Ok(())
@@ -581,7 +587,7 @@ mod tests {
             fake.answer(id, reply).await;
             assert_eq!(matches!(call.await, Ok(Reply::Withdrawn)), is_withdrawn);
         }
-        // No second withdrawal has been sent, nor one of what has an answer.
+        // No second withdrawal has been sent.
         let (one, call) = fake.begin(Call::Random(1)).await;
         fake.answer(one, bytes(1)).await;
         assert!(call.await.unwrap().is_ok());

@@ -220,15 +220,36 @@ async fn who_gives_up_takes_back_what_has_not_begun_and_makes_room() {
     answers[2].abort();
     third.is_withdrawn().await;
     assert!(timeout(QUIET, first.is_withdrawn()).await.is_err(), "it has begun");
-    // Until the driver has said so, it may have begun: then it has a lane.
+    // Until the driver has said so, it may have begun: then it has the lane that comes free.
     let waits = desk.ask();
-    second.answers();
     desk.is_quiet().await;
-    third.was_withdrawn();
+    second.answers();
     let fifth = desk.next().await;
     assert_eq!((fourth.name(), fifth.name()), (8, 9));
+    assert_eq!(desk.device.load(), (2, LANES));
+    third.was_withdrawn();
+    desk.is_quiet().await;
+    assert_eq!(desk.device.load(), (1, LANES));
     [first, fourth, fifth].into_iter().for_each(Made::answers);
     assert_eq!(waits.await.unwrap(), Ok(9));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_taken_back_too_late_has_its_time_like_any_other() {
+    let mut desk = Desk::brisk().await;
+    let answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
+    let [first, second, third] = [desk.next().await, desk.next().await, desk.next().await];
+    answers[2].abort();
+    third.is_withdrawn().await;
+    // A lane has begun it by then, and hangs.
+    [first, second].into_iter().for_each(Made::answers);
+    desk.is_quiet().await;
+    assert_eq!(desk.device.load(), (0, 1));
+    let restarts = desk.device.counters().restarts;
+    advance(desk.device.settings().timeout).await;
+    desk.is_quiet().await;
+    assert_eq!(desk.device.counters().restarts, restarts + 1);
+    assert_eq!(desk.device.load(), (0, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -261,20 +282,25 @@ async fn what_is_ahead_when_a_lane_stalls_is_taken_back_and_made_later() {
         let hung = desk.ask();
         let first = desk.next().await;
         advance(desk.device.settings().timeout - QUIET).await;
-        let answers: Vec<_> = (0..2).map(|_| desk.ask()).collect();
-        let (second, third) = (desk.next().await, desk.next().await);
-        third.is_withdrawn().await;
-        third.was_withdrawn();
+        let answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
+        let second = desk.next().await;
+        for _ in 0..2 {
+            let ahead = desk.next().await;
+            ahead.is_withdrawn().await;
+            ahead.was_withdrawn();
+        }
         desk.is_quiet().await;
         // Where nothing but what is stalled is left, the driver is ended.
         let (now, later) = if comes_back { (first, Some(second)) } else { (second, None) };
         now.answers();
-        let again = desk.next().await;
-        assert_eq!(again.name(), 7);
-        again.answers();
+        for expected in [7, 8] {
+            let again = desk.next().await;
+            assert_eq!(again.name(), expected);
+            again.answers();
+        }
         later.into_iter().for_each(Made::answers);
         assert_eq!(hung.await.unwrap(), Err(DeviceError::Timeout));
-        assert_eq!(join(answers).await, [Ok(6), Ok(7)]);
+        assert_eq!(join(answers).await, [Ok(6), Ok(7), Ok(8)]);
     }
 }
 
