@@ -540,10 +540,10 @@ impl<'a, S: Session> Lanes<'a, S> {
         };
         self.probe_at = Instant::now();
         if active.kind == Kind::Operate {
-            match active.since.elapsed() <= BRISK {
-                true if matches!(result, Ok(Reply::Bytes(_))) => self.brisk = self.brisk.saturating_add(1),
-                true => {}
-                false => self.brisk = 0,
+            if active.since.elapsed() > BRISK {
+                self.brisk = 0;
+            } else if matches!(result, Ok(Reply::Bytes(_))) {
+                self.brisk = self.brisk.saturating_add(1);
             }
         }
         let is_login = matches!(active.task, Task::Job { effect: Effect::LogsIn, .. });

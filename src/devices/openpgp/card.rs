@@ -253,14 +253,12 @@ impl Token {
             self.forget();
             return DeviceError::Absent;
         }
-        match link::insertion(&self.identity.reader) {
-            Err(DeviceError::Absent) => {
-                self.forget();
-                DeviceError::Absent
-            }
-            // The card is there, or nobody can tell: whether it has done the work is not known.
-            _ => DeviceError::Restarted,
+        if link::is_gone_soon(&self.identity.reader) {
+            self.forget();
+            return DeviceError::Absent;
         }
+        // The card is there, or nobody can tell: whether it has done the work is not known.
+        DeviceError::Restarted
     }
 
     pub(super) fn forget(&mut self) {

@@ -18,6 +18,8 @@ use pcsc::{Card, Context, Disposition, Error, Protocols, ReaderState, Scope, Sha
 use super::card::Identity;
 use crate::devices::DeviceError;
 
+/// How long a card's removal may take to be noticed by its reader.
+const NOTICED: Duration = Duration::from_millis(300);
 /// The application identifier's beginning (OpenPGP card, 4.2.1).
 pub(super) const OPENPGP: [u8; 6] = [0xd2, 0x76, 0x00, 0x01, 0x24, 0x01];
 /// Asks for the whole of it (4.4.1).
@@ -296,11 +298,31 @@ pub(super) fn insertion(reader: &CStr) -> Result<u32, DeviceError> {
     if state.event_state().contains(State::PRESENT) { Ok(state.event_count()) } else { Err(DeviceError::Absent) }
 }
 
+/// Whether the card that was in a reader has gone, or goes while its end is being noticed: a transaction breaks before
+/// the reader says why.
+pub(super) fn is_gone_soon(reader: &CStr) -> bool {
+    let Ok(context) = Context::establish(Scope::User) else { return false };
+    let mut states = [ReaderState::new(reader, State::UNAWARE)];
+    for patience in [Duration::ZERO, NOTICED] {
+        match context.get_status_change(patience, &mut states) {
+            Ok(()) | Err(Error::Timeout) => {}
+            Err(error) => return is_removal(error),
+        }
+        if !states[0].event_state().contains(State::PRESENT) {
+            return true;
+        }
+        states[0].sync_current_state();
+    }
+    false
+}
+
 /// Why there is no connection to the card in a reader.
 pub(super) fn not_connected(error: Error) -> DeviceError {
     match error {
         error if is_service_gone(error) => DeviceError::Failed(NO_SERVICE.to_owned()),
         Error::SharingViolation => DeviceError::InUse,
+        // It went while it was taken up.
+        Error::NotTransacted => DeviceError::Absent,
         error if is_removal(error) => DeviceError::Absent,
         Error::UnresponsiveCard | Error::UnpoweredCard | Error::UnsupportedCard | Error::ProtoMismatch => {
             DeviceError::Failed("the card does not answer its reader; take it out and put it in again".to_owned())

@@ -59,7 +59,7 @@ impl Watcher for Readers {
             };
             let why = match error {
                 error if link::is_service_gone(error) => NO_SERVICE.to_owned(),
-                error => format!("the readers cannot be watched: {error}"),
+                error => format!("pcscd does not let the readers be watched: {error}"),
             };
             tell_once(Sighting::Trouble(why))?;
             thread::sleep(pause);
