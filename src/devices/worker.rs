@@ -534,10 +534,7 @@ impl<'a, S: Session> Lanes<'a, S> {
 
     /// Passes on an answer. `Some` when the session is over.
     fn done(&mut self, id: u64, result: Result<Reply, DeviceError>) -> Option<Ended> {
-        let active = match self.active.remove(&id) {
-            Some(active) => active,
-            None => return self.done_ahead(id, result),
-        };
+        let Some(active) = self.active.remove(&id) else { return self.done_ahead(id, result) };
         self.probe_at = Instant::now();
         if active.kind == Kind::Operate {
             if active.since.elapsed() > BRISK {

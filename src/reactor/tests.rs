@@ -63,6 +63,11 @@ impl Room {
         (stream, goes_on)
     }
 
+    /// No task is wanted or being polled.
+    fn is_soon_waiting(&self) {
+        soon(|| self.reactor.registry.0.all().iter().all(|task| task.state.load(Ordering::Relaxed) == 0));
+    }
+
     /// A connection is removed right after it has hung up.
     fn is_soon_empty(&self) {
         soon(|| self.reactor.registry.0.tasks().is_empty());
@@ -399,7 +404,7 @@ fn who_has_woken_another_reads_on_when_that_has_had_its_turn() {
         }
     });
     // It waits from its first turn on.
-    soon(|| room.reactor.registry.0.all().iter().all(|task| task.state.load(Ordering::Relaxed) == 0));
+    room.is_soon_waiting();
     stream.write_all(b"abc").unwrap();
     let order: String = (0..6).map(|_| told.recv_timeout(PATIENCE).unwrap()).collect();
     assert_eq!(order, "rwrwrw");
@@ -433,7 +438,7 @@ fn what_a_task_wakes_first_its_own_thread_polls_next_and_others_the_rest() {
     });
     for _ in 0..50 {
         // Who is being polled is not woken.
-        soon(|| room.reactor.registry.0.all().iter().all(|task| task.state.load(Ordering::Relaxed) == 0));
+        room.is_soon_waiting();
         stream.write_all(b"a").unwrap();
         let (own, next) = of_both.recv_timeout(PATIENCE).unwrap();
         assert_eq!(own, next);
