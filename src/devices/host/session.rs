@@ -205,8 +205,8 @@ impl Session for HostSession {
     }
 
     fn call(&self, call: Call) -> impl Underway {
-        let (id, answer) = self.calls.make(&call);
-        HostCall { id, answer, calls: Arc::clone(&self.calls) }
+        let id = self.calls.next.fetch_add(1, Ordering::Relaxed);
+        HostCall { id, answer: self.calls.make(id, &call), calls: Arc::clone(&self.calls) }
     }
 
     fn died(&self) -> impl Future<Output = String> + Send + 'static {
@@ -391,28 +391,23 @@ impl Calls {
         self.blocked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends a call under the id that is returned; its answer comes from the receiver, whose error is the end of the session.
-    #[allow(clippy::type_complexity, reason = "an id and what comes for it")]
-    fn make(&self, call: &Call) -> (u64, Result<oneshot::Receiver<Result<Reply, DeviceError>>, DeviceError>) {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let make = || {
-            let frame = wire::encode_call(id, call)?;
-            let (caller, answer) = oneshot::channel();
-            {
-                let mut waiting = self.waiting();
-                let waiting = waiting.as_mut().ok_or(DeviceError::Restarted)?;
-                if waiting.len() >= self.limit {
-                    return Err(DeviceError::Busy);
-                }
-                waiting.insert(id, Waiting { kind: Kind::asked_for(call), withdrawn: false, caller });
+    /// Sends a call; its answer comes from the receiver, whose error is the end of the session.
+    fn make(&self, id: u64, call: &Call) -> Result<oneshot::Receiver<Result<Reply, DeviceError>>, DeviceError> {
+        let frame = wire::encode_call(id, call)?;
+        let (caller, answer) = oneshot::channel();
+        {
+            let mut waiting = self.waiting();
+            let waiting = waiting.as_mut().ok_or(DeviceError::Restarted)?;
+            if waiting.len() >= self.limit {
+                return Err(DeviceError::Busy);
             }
-            if let Err(error) = self.send(frame) {
-                self.waiting().as_mut().map(|waiting| waiting.remove(&id));
-                return Err(error);
-            }
-            Ok(answer)
-        };
-        (id, make())
+            waiting.insert(id, Waiting { kind: Kind::asked_for(call), withdrawn: false, caller });
+        }
+        if let Err(error) = self.send(frame) {
+            self.waiting().as_mut().map(|waiting| waiting.remove(&id));
+            return Err(error);
+        }
+        Ok(answer)
     }
 
     /// Takes a call back, if it waits and was not taken back before.
