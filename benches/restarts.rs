@@ -103,7 +103,10 @@ async fn cycle(host: &HostEngine) {
     let session = host.open().await.expect("the device opens");
     let sign = || {
         let input = Input::Message(b"message".as_slice().into());
-        session.call(Call::Operate(Slot(b"k".as_slice().into()), Operation::Sign { scheme: Scheme::Ed25519, input }))
+        session.call(Call::Operate(
+            Slot(b"k".as_slice().into()),
+            Operation::Sign { scheme: Scheme::Ed25519, input }.into(),
+        ))
     };
     sign().await.expect("the first signature");
     assert!(matches!(sign().await, Err(DeviceError::Restarted)), "the second kills it");

@@ -5,7 +5,7 @@
 //! waits while a core has nothing to do. A tokio runtime would have one thread wait for all sockets and hand them to the
 //! others, which costs a tenth of the signatures that can be made (docs/performance.md). What a task waits for besides
 //! its socket may be tokio's, whose threads have other things to do than to poll it: a waker puts it into a queue and rings
-//! a bell in the set. What a task wakes first while it is polled here, the same thread polls next: a request that goes from a
+//! a bell in the set, if a thread sleeps. What a task wakes first while it is polled here, the same thread polls next: a request that goes from a
 //! connection to a device, and back, needs no other thread to be woken.
 
 mod socket;
@@ -84,8 +84,10 @@ pub struct Registry(Arc<Shared>);
 struct Shared {
     /// All sockets, and the bell.
     set: OwnedFd,
-    /// Rings when somebody is in `woken`, and in the end.
+    /// Rings when somebody is in `woken` while a thread sleeps, and in the end.
     bell: OwnedFd,
+    /// Threads that sleep, or look for sockets that are ready. The others look at `woken_count` before they sleep.
+    idle: AtomicUsize,
     /// Tasks that are wanted for another reason than their sockets…
     woken: Mutex<VecDeque<Arc<Task>>>,
     /// …and how many they are.
@@ -114,6 +116,7 @@ impl Reactor {
         let shared = Arc::new(Shared {
             set: epoll::create(CreateFlags::CLOEXEC)?,
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            idle: AtomicUsize::new(0),
             woken: Mutex::default(),
             woken_count: AtomicUsize::new(0),
             tasks: Mutex::default(),
@@ -255,9 +258,18 @@ impl Shared {
     fn hand_over(&self, task: Arc<Task>) {
         let mut woken = self.woken();
         woken.push_back(task);
-        self.woken_count.store(woken.len(), Ordering::Release);
+        self.count(woken);
+    }
+
+    /// Tells how many are in `woken`, if any, to a thread that sleeps. One that does not sees it before it would.
+    fn count(&self, woken: MutexGuard<'_, VecDeque<Arc<Task>>>) {
+        let count = woken.len();
+        // In one order with what `wait` does: either it sees the count, or this its thread.
+        self.woken_count.store(count, Ordering::SeqCst);
         drop(woken);
-        self.ring();
+        if count > 0 && self.idle.load(Ordering::SeqCst) > 0 {
+            self.ring();
+        }
     }
 
     /// Takes one task that was handed over. The others are for whoever is free before this thread.
@@ -267,13 +279,21 @@ impl Shared {
         }
         let mut woken = self.woken();
         let task = woken.pop_front();
-        self.woken_count.store(woken.len(), Ordering::Release);
-        let more = !woken.is_empty();
-        drop(woken);
-        if more {
-            self.ring();
-        }
+        self.count(woken);
         task
+    }
+
+    /// Waits for sockets that are ready, but not where there is something else to do.
+    fn wait(&self, events: &mut Vec<Event>, is_busy: bool) -> rustix::io::Result<()> {
+        events.clear();
+        self.idle.fetch_add(1, Ordering::SeqCst);
+        let no_time = (is_busy || self.woken_count.load(Ordering::SeqCst) > 0).then(Timespec::default);
+        let waited = epoll::wait(&self.set, spare_capacity(events), no_time.as_ref());
+        self.idle.fetch_sub(1, Ordering::Relaxed);
+        match waited {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Wakes a thread that sleeps, or has the next one that would sleep look.
@@ -319,14 +339,9 @@ impl Shared {
         // Has had a turn and wants another, behind those who have had none.
         let mut again: Option<Arc<Task>> = None;
         while self.stage() < OVER {
-            events.clear();
-            let no_time = again.is_some().then(Timespec::default);
-            match epoll::wait(&self.set, spare_capacity(&mut events), no_time.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => {
-                    again.into_iter().for_each(|task| self.hand_over(task));
-                    return error!("sockets cannot be waited for: {error}");
-                }
+            if let Err(error) = self.wait(&mut events, again.is_some()) {
+                again.into_iter().for_each(|task| self.hand_over(task));
+                return error!("sockets cannot be waited for: {error}");
             }
             self.note(&events, &mut wanted);
             wanted.extend(self.take_over());

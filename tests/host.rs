@@ -108,7 +108,7 @@ fn is_gone(pid: Pid) -> bool {
 
 fn sign(session: &HostSession, slot: &str) -> JoinHandle<Result<Reply, DeviceError>> {
     let operation = Operation::Sign { scheme: Scheme::Ed25519, input: Input::Message(b"a message".as_slice().into()) };
-    tokio::spawn(session.call(Call::Operate(Slot(slot.as_bytes().into()), operation)))
+    tokio::spawn(session.call(Call::Operate(Slot(slot.as_bytes().into()), operation.into())))
 }
 
 async fn answer(call: JoinHandle<Result<Reply, DeviceError>>) -> Result<Reply, DeviceError> {

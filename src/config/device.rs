@@ -224,7 +224,7 @@ fn pkcs11(form: &DeviceForm, system: &System) -> Result<pkcs11::Config, Fault> {
     Ok(pkcs11::Config {
         module: pkcs11::Module { path, init_args },
         token,
-        sessions: sessions.unwrap_or(pkcs11::DEFAULT_SESSIONS),
+        sessions: sessions.unwrap_or_else(pkcs11::default_sessions),
         pkcs1_decrypt: pkcs1_decrypt(form),
     })
 }
@@ -375,7 +375,7 @@ mod tests {
     fn a_token_without_settings_has_few_sessions_and_is_no_oracle() {
         let config = parse(&format!("{TOKEN}module = \"/usr/lib/x.so\"\ntoken = \"pkcs11:token=a\"\n")).unwrap();
         let DriverConfig::Pkcs11(own) = &config.devices[0].driver else { panic!("another driver") };
-        assert_eq!((own.sessions, own.pkcs1_decrypt), (4, false));
+        assert!((2..=4).contains(&own.sessions) && !own.pkcs1_decrypt);
     }
 
     #[test]

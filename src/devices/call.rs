@@ -1,6 +1,6 @@
 //! What is asked of a driver, as one value: it passes through a queue, and to a child process. Knows drivers only.
 
-use std::{fmt, future::Future, time::Duration};
+use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use secrecy::SecretString;
 use zeroize::Zeroizing;
@@ -23,7 +23,7 @@ pub enum Call {
     /// [`Driver::random`], so many bytes.
     Random(usize),
     /// [`Driver::sign`], [`Driver::decrypt`] or [`Driver::derive`].
-    Operate(Slot, Operation<'static>),
+    Operate(Slot, Arc<Operation<'static>>),
     /// [`Driver::generate`]
     Generate(NewKey),
     /// [`Driver::import`]
@@ -83,14 +83,15 @@ pub async fn perform<D: Driver>(driver: &D, call: Call) -> Result<Reply, DeviceE
         Call::Unlock(pin) => driver.unlock(pin).await.map(|()| Reply::Done),
         Call::Lock => driver.lock().await.map(|()| Reply::Done),
         Call::Random(len) => driver.random(len).await.map(Reply::Bytes),
-        Call::Operate(slot, Operation::Sign { scheme, input }) => {
-            driver.sign(&slot, scheme, &input).await.map(|bytes| Reply::Bytes(Zeroizing::new(bytes)))
-        }
-        Call::Operate(slot, Operation::Decrypt { scheme, label, ciphertext }) => {
-            driver.decrypt(&slot, scheme, &label, &ciphertext).await.map(Reply::Bytes)
-        }
-        Call::Operate(slot, Operation::Derive { scheme, peer }) => {
-            driver.derive(&slot, scheme, &peer).await.map(Reply::Bytes)
+        Call::Operate(slot, operation) => {
+            let bytes = match &*operation {
+                Operation::Sign { scheme, input } => driver.sign(&slot, *scheme, input).await.map(Zeroizing::new),
+                Operation::Decrypt { scheme, label, ciphertext } => {
+                    driver.decrypt(&slot, *scheme, label, ciphertext).await
+                }
+                Operation::Derive { scheme, peer } => driver.derive(&slot, *scheme, peer).await,
+            };
+            bytes.map(Reply::Bytes)
         }
         Call::Generate(new) => driver.generate(&new).await.map(|key| Reply::Key(Box::new(key))),
         Call::Import(new, private) => driver.import(&new, &private).await.map(|key| Reply::Key(Box::new(key))),

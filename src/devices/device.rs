@@ -312,6 +312,11 @@ impl Device {
         if busy { Arc::new(DeviceState { health: Health::Busy, ..DeviceState::clone(&state) }) } else { state }
     }
 
+    /// Whether it wants a PIN before its keys can be used; false where that is not known.
+    pub fn is_locked(&self) -> bool {
+        self.0.state.borrow().status.as_ref().is_some_and(|status| status.locked)
+    }
+
     /// Tells every scan, and every change of its state but for [`Health::Busy`], which shows as ready.
     pub fn watch(&self) -> watch::Receiver<Arc<DeviceState>> {
         self.0.state.subscribe()
@@ -362,28 +367,24 @@ impl Device {
         &self,
         owner: u64,
         key: &FoundKey,
-        operation: Operation<'static>,
+        operation: Arc<Operation<'static>>,
         patience: Patience,
     ) -> Result<Outcome, DeviceError> {
         check(key, &operation)?;
-        let signed = match &operation {
-            Operation::Sign { scheme, input } => Some((*scheme, input.clone())),
-            _ => None,
-        };
-        let lengths = secret_lengths(key, &operation);
         let settings = &self.0.settings;
         let limit = if key.touch { settings.touch_timeout } else { settings.timeout };
-        let call = Call::Operate(key.slot.clone(), operation);
+        let call = Call::Operate(key.slot.clone(), Arc::clone(&operation));
         let Reply::Bytes(mut bytes) = self.request(owner, call, limit, patience).await? else {
             return Err(nonsense());
         };
-        let Some((scheme, input)) = signed else {
-            return if lengths.contains(&bytes.len()) { Ok(Outcome::Secret(bytes)) } else { Err(nonsense()) };
+        let Operation::Sign { scheme, input } = &*operation else {
+            let is_one = secret_lengths(key, &operation).contains(&bytes.len());
+            return if is_one { Ok(Outcome::Secret(bytes)) } else { Err(nonsense()) };
         };
         let lie = || DeviceError::Failed("the device's signature does not verify".to_owned());
-        let signature = Signature::from_bytes(scheme, key.key_type().ok_or_else(lie)?, std::mem::take(&mut *bytes));
+        let signature = Signature::from_bytes(*scheme, key.key_type().ok_or_else(lie)?, std::mem::take(&mut *bytes));
         let signature = signature.ok_or_else(lie)?;
-        if verify::verify(&key.blob, scheme, &input, &signature) {
+        if verify::verify(&key.blob, *scheme, input, &signature) {
             Ok(Outcome::Signature(signature))
         } else {
             Err(lie())

@@ -37,7 +37,7 @@ const PARTING: Duration = Duration::from_millis(500);
 /// How long a killed driver may take to be gone. A process in an uninterruptible sleep is left to itself.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 /// An operation that takes no longer is brisk. After a few of them in a row…
-const BRISK: Duration = Duration::from_millis(20);
+const BRISK: Duration = Duration::from_millis(10);
 /// …a driver is given operations before its lanes are free, so that no lane sleeps between two. A call of somebody else's
 /// waits that much longer: for a slow device it would matter.
 const BRISK_RUN: u32 = 4;

@@ -263,7 +263,8 @@ impl Prompter {
     async fn ask(&self, uid: u32, text: &str, kind: Kind) -> Result<Zeroizing<Vec<u8>>, PromptError> {
         self.settings.permit()?;
         let slot = self.questions.take(uid, self.settings.max_per_uid).ok_or(PromptError::TooMany)?;
-        let answer = ask(self.settings.clone(), printable(text), kind, slot);
+        // In a place of its own: all that may have to ask would be as large.
+        let answer = Box::pin(ask(self.settings.clone(), printable(text), kind, slot));
         timeout(self.settings.timeout, answer).await.unwrap_or(Err(PromptError::TimedOut))
     }
 }

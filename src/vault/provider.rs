@@ -347,7 +347,7 @@ impl Vault {
         let config = pkcs11::Config {
             module: Module::new(module),
             token: uri.clone(),
-            sessions: pkcs11::DEFAULT_SESSIONS,
+            sessions: pkcs11::default_sessions(),
             pkcs1_decrypt: false,
         };
         let mut host = HostSettings::new(self.providers.device_name(module));
@@ -399,8 +399,7 @@ impl Vault {
         if !policy::may_lock(caller) {
             return Err(Refusal::NotForForwarded);
         }
-        let locked = device.state().status.as_ref().is_some_and(|status| status.locked);
-        if !locked || wanted.pin.expose_secret().is_empty() {
+        if !device.is_locked() || wanted.pin.expose_secret().is_empty() {
             return Err(Refusal::NothingNew("it is a device of the configuration, and its keys are here"));
         }
         self.log_in_once(caller, wanted, device, refused).await

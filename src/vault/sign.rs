@@ -113,7 +113,7 @@ fn ssh_scheme(key_type: KeyType, rsa_hash: Hash) -> Scheme {
 /// A use on its way, when it is not answered at once.
 struct Errand {
     caller: Arc<Caller>,
-    operation: Operation<'static>,
+    operation: Arc<Operation<'static>>,
     needs: Grants,
     offered: bool,
     verdict: Verdict,
@@ -162,7 +162,7 @@ impl Vault {
             Ok((needs, verdict)) => {
                 let deadline = Instant::now() + self.patience(&identity, &verdict);
                 let errand = Errand {
-                    operation: operation.into_owned(),
+                    operation: Arc::new(operation.into_owned()),
                     needs,
                     offered: wanted.offered,
                     verdict,
@@ -222,36 +222,53 @@ impl Vault {
         if verdict.confirm.is_none() && alone { DEADLINE } else { self.settings().person_deadline.max(DEADLINE) }
     }
 
-    async fn run(
+    /// Until it is done, its deadline, or a lock.
+    #[expect(clippy::manual_async_fn, reason = "an async fn keeps what it is given twice")]
+    fn run(
         self: Arc<Self>,
         identity: Arc<Identity>,
         errand: Errand,
         mut note: Note,
         locks: OwnedNotified,
-    ) -> Result<Outcome, Refusal> {
-        let work = async {
-            let identity = match &errand.verdict.confirm {
-                Some(question) => self.confirm(identity, &errand.caller, question).await?,
-                None => identity,
+    ) -> impl Future<Output = Result<Outcome, Refusal>> + Send {
+        async move {
+            let result = tokio::select! {
+                biased;
+                () = locks => Err(self.check_open().err().unwrap_or(Refusal::Locked)),
+                result = self.use_in_time(identity, &errand, &mut note) => result,
             };
-            self.use_places(&identity, &errand, &mut note).await
+            note.end(result)
+        }
+    }
+
+    async fn use_in_time(
+        self: &Arc<Self>,
+        identity: Arc<Identity>,
+        errand: &Errand,
+        note: &mut Note,
+    ) -> Result<Outcome, Refusal> {
+        let soonest = errand.deadline.min(Instant::now() + PACE);
+        let result = timeout_at(errand.deadline, self.use_as_agreed(identity, errand, note)).await;
+        let result = result.unwrap_or(Err(Refusal::Timeout));
+        if let Err(Refusal::Device(error)) = &result
+            && error.lets_another_try()
+        {
+            sleep_until(soonest).await;
+        }
+        result
+    }
+
+    async fn use_as_agreed(
+        self: &Arc<Self>,
+        identity: Arc<Identity>,
+        errand: &Errand,
+        note: &mut Note,
+    ) -> Result<Outcome, Refusal> {
+        let identity = match &errand.verdict.confirm {
+            Some(question) => self.confirm(identity, &errand.caller, question).await?,
+            None => identity,
         };
-        let paced = async {
-            let soonest = errand.deadline.min(Instant::now() + PACE);
-            let result = timeout_at(errand.deadline, work).await.unwrap_or(Err(Refusal::Timeout));
-            if let Err(Refusal::Device(error)) = &result
-                && error.lets_another_try()
-            {
-                sleep_until(soonest).await;
-            }
-            result
-        };
-        let result = tokio::select! {
-            biased;
-            () = locks => Err(self.check_open().err().unwrap_or(Refusal::Locked)),
-            result = paced => result,
-        };
-        note.end(result)
+        self.use_places(&identity, errand, note).await
     }
 
     /// Asks a person, and returns the identity if they agree and it is still the same.
@@ -341,11 +358,11 @@ impl Vault {
         match &place.key {
             PrivateKey::Soft(key) if key.is_fast() => Ok(key.operate(operation)?),
             PrivateKey::Soft(key) => {
-                let (key, operation) = (Arc::clone(key), operation.clone());
+                let (key, operation) = (Arc::clone(key), Arc::clone(operation));
                 let length = kind::length(key.key_type(), &identity.blob);
                 Ok(self.compute.run(caller.connection, length, move || key.operate(&operation)).await?)
             }
-            PrivateKey::Sk(key) => match operation {
+            PrivateKey::Sk(key) => match &**operation {
                 Operation::Sign { scheme: Scheme::Sk, input: Input::Message(data) } => {
                     self.sign_sk(identity, key, caller, data, *deadline).await
                 }
@@ -383,7 +400,7 @@ impl Vault {
             let result = if kind::is_fast(key.key_type()) {
                 key.operate(operation)
             } else {
-                let (key, operation) = (Arc::clone(key), operation.clone());
+                let (key, operation) = (Arc::clone(key), Arc::clone(operation));
                 let length = kind::length(key.key_type(), &identity.blob);
                 let work = move || key.operate(&operation).transpose();
                 self.compute.run(caller.connection, length, work).await.transpose()
@@ -413,13 +430,12 @@ impl Vault {
             if turn.is_none() {
                 turn = self.pins.turn(device, &key.slot).await;
             }
-            let is_locked = device.state().status.as_ref().is_some_and(|status| status.locked);
-            let asks = key.touch && !is_locked && device.is_available();
+            let asks = key.touch && !device.is_locked() && device.is_available();
             let asking = asks.then(|| self.ask_for(Deed::Touch, device, &key, identity, caller, operation));
             let result = if !given && turn.as_ref().is_some_and(Turn::has_leftover) {
                 Err(DeviceError::PinEachTime)
             } else {
-                device.operate(caller.connection, &key, operation.clone(), patience).await
+                device.operate(caller.connection, &key, Arc::clone(operation), patience).await
             };
             drop(asking);
             match result {

@@ -56,7 +56,7 @@ async fn sign_as(
     input: Input<'static>,
     patience: Patience,
 ) -> Result<Signature, DeviceError> {
-    let outcome = subject.device().operate(owner, key, Operation::Sign { scheme, input }, patience).await?;
+    let outcome = subject.device().operate(owner, key, Operation::Sign { scheme, input }.into(), patience).await?;
     match outcome {
         Outcome::Signature(signature) => Ok(signature),
         Outcome::Secret(_) => panic!("a signature was asked for"),

@@ -458,7 +458,7 @@ mod tests {
 
     fn signing(id: u64, message: &'static [u8]) -> wire::Frame {
         let operation = Operation::Sign { scheme: Scheme::Ed25519, input: Input::Message(Cow::Borrowed(message)) };
-        wire::encode_call(id, &Call::Operate(Slot([].into()), operation)).unwrap()
+        wire::encode_call(id, &Call::Operate(Slot([].into()), operation.into())).unwrap()
     }
 
     struct Daemon(UnixStream);

@@ -49,6 +49,15 @@ use crate::{
 /// before it died is still read.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// How many calls few lanes have ahead together. With one for each, two lanes had nothing to do for a tenth of their time,
+/// while their answers were verified and the next requests came.
+const AHEAD: usize = 6;
+
+/// How many calls so many lanes take besides: as many again, and up to three for each where that is few.
+fn ahead(lanes: usize) -> usize {
+    lanes.max(AHEAD.min(3 * lanes))
+}
+
 /// A driver in a process of its own.
 pub struct HostSession {
     calls: Arc<Calls>,
@@ -174,7 +183,7 @@ impl HostSession {
         lanes: usize,
         log: Option<JoinHandle<()>>,
     ) -> io::Result<Self> {
-        let limit = 2 * lanes + wire::SPARE_CALLS;
+        let limit = lanes + ahead(lanes) + wire::SPARE_CALLS;
         // Each may be withdrawn.
         let (sender, late) = mpsc::channel(2 * limit);
         let (end, ended) = watch::channel(None);
@@ -199,9 +208,8 @@ impl Session for HostSession {
         self.lanes
     }
 
-    /// As many as there are lanes, so that none sleeps between two calls.
     fn ahead(&self) -> usize {
-        self.lanes
+        ahead(self.lanes)
     }
 
     fn call(&self, call: Call) -> impl Underway {
@@ -553,7 +561,7 @@ mod tests {
     async fn calls_beyond_the_bound_are_refused_and_the_rest_go_on() {
         let mut fake = Fake::start(1).await;
         let mut waiting = Vec::new();
-        for _ in 0..2 + wire::SPARE_CALLS {
+        for _ in 0..1 + ahead(1) + wire::SPARE_CALLS {
             waiting.push(fake.begin(Call::Health).await);
         }
         assert!(matches!(fake.session.call(Call::Health).await, Err(DeviceError::Busy)));

@@ -30,7 +30,7 @@ pub const MAX_FRAME: usize = 4 * 1024 * 1024;
 pub(super) const HEADER: usize = 4;
 /// The most lanes that a driver may claim.
 pub const MAX_LANES: usize = 64;
-/// Calls that a process takes besides two for each lane: what waits behind abandoned ones.
+/// Calls that a process takes besides those in its lanes and ahead of them: what waits behind abandoned ones.
 pub const SPARE_CALLS: usize = 16;
 /// The id of the request that opens the device. Calls have the ids above it, each once.
 pub const OPEN_ID: u64 = 0;
@@ -141,9 +141,12 @@ pub fn encode_withdraw(id: u64) -> Frame {
     frame(id, 0, |out| out.push(WITHDRAW))
 }
 
+fn fits(len: usize, max: usize) -> Result<(), DeviceError> {
+    if len > max { Err(DeviceError::TooLong { max }) } else { Ok(()) }
+}
+
 /// The frame of a call; an error where it is too long for any device.
 pub fn encode_call(id: u64, call: &Call) -> Result<Frame, DeviceError> {
-    let fits = |len: usize, max: usize| if len > max { Err(DeviceError::TooLong { max }) } else { Ok(()) };
     let tagged = |tag: u8| frame(id, 0, |out| out.push(tag));
     Ok(match call {
         Call::Scan => tagged(SCAN),
@@ -189,7 +192,13 @@ pub fn encode_call(id: u64, call: &Call) -> Result<Frame, DeviceError> {
             out.push(CHANGE_CARD);
             change.put(out);
         }),
-        Call::Operate(slot, Operation::Sign { scheme, input }) => {
+        Call::Operate(slot, operation) => frame_of_use(id, slot, operation)?,
+    })
+}
+
+fn frame_of_use(id: u64, slot: &Slot, operation: &Operation<'_>) -> Result<Frame, DeviceError> {
+    Ok(match operation {
+        Operation::Sign { scheme, input } => {
             fits(input.bytes().len(), MAX_INPUT)?;
             frame(id, slot.0.len() + input.bytes().len(), |out| {
                 out.push(SIGN);
@@ -199,7 +208,7 @@ pub fn encode_call(id: u64, call: &Call) -> Result<Frame, DeviceError> {
                 out.put_string(input.bytes());
             })
         }
-        Call::Operate(slot, Operation::Decrypt { scheme, label, ciphertext }) => {
+        Operation::Decrypt { scheme, label, ciphertext } => {
             fits(label.len(), MAX_INPUT)?;
             fits(ciphertext.len(), MAX_INPUT)?;
             frame(id, slot.0.len() + label.len() + ciphertext.len(), |out| {
@@ -210,7 +219,7 @@ pub fn encode_call(id: u64, call: &Call) -> Result<Frame, DeviceError> {
                 out.put_string(ciphertext);
             })
         }
-        Call::Operate(slot, Operation::Derive { scheme, peer }) => {
+        Operation::Derive { scheme, peer } => {
             fits(peer.len(), MAX_INPUT)?;
             frame(id, slot.0.len() + peer.len(), |out| {
                 out.push(DERIVE);
@@ -224,11 +233,8 @@ pub fn encode_call(id: u64, call: &Call) -> Result<Frame, DeviceError> {
 
 fn frame_of_new(id: u64, tag: u8, new: &NewKey, private: Option<&PrivateHalf>) -> Result<Frame, DeviceError> {
     let secret = new.secret.as_ref().map(|secret| secret.expose_secret().as_bytes()).unwrap_or_default();
-    for (len, max) in [(new.label.len(), MAX_LABEL), (secret.len(), MAX_PIN)] {
-        if len > max {
-            return Err(DeviceError::TooLong { max });
-        }
-    }
+    fits(new.label.len(), MAX_LABEL)?;
+    fits(secret.len(), MAX_PIN)?;
     let len = 2 * OVERHEAD + new.label.len() + secret.len() + private.map_or(0, |private| private.as_bytes().len());
     Ok(frame(id, len, |out| {
         out.push(tag);
@@ -285,18 +291,18 @@ pub fn decode_request(body: &[u8]) -> Result<(u64, Request), FrameError> {
             let (slot, scheme, digest) = (slot(&mut r)?, scheme(&mut r)?, boolean(&mut r)?);
             let bytes = Cow::Owned(bytes(&mut r, MAX_INPUT)?.to_vec());
             let input = if digest { Input::Digest(bytes) } else { Input::Message(bytes) };
-            Request::Call(Call::Operate(slot, Operation::Sign { scheme, input }))
+            Request::Call(Call::Operate(slot, Operation::Sign { scheme, input }.into()))
         }
         DECRYPT => {
             let (slot, scheme) = (slot(&mut r)?, decrypt_scheme(&mut r)?);
             let label = Cow::Owned(bytes(&mut r, MAX_INPUT)?.to_vec());
             let ciphertext = Cow::Owned(bytes(&mut r, MAX_INPUT)?.to_vec());
-            Request::Call(Call::Operate(slot, Operation::Decrypt { scheme, label, ciphertext }))
+            Request::Call(Call::Operate(slot, Operation::Decrypt { scheme, label, ciphertext }.into()))
         }
         DERIVE => {
             let (slot, scheme) = (slot(&mut r)?, derive_scheme(&mut r)?);
             let peer = Cow::Owned(bytes(&mut r, MAX_INPUT)?.to_vec());
-            Request::Call(Call::Operate(slot, Operation::Derive { scheme, peer }))
+            Request::Call(Call::Operate(slot, Operation::Derive { scheme, peer }.into()))
         }
         GENERATE => Request::Call(Call::Generate(new_key(&mut r)?)),
         IMPORT => {
@@ -770,7 +776,7 @@ mod tests {
             "\\PC{0,64}".prop_map(|pin| Call::Unlock(pin.into())),
             Just(Call::Lock),
             (0..=MAX_RANDOM).prop_map(Call::Random),
-            (a_slot(), an_operation()).prop_map(|(slot, operation)| Call::Operate(slot, operation.0)),
+            (a_slot(), an_operation()).prop_map(|(slot, operation)| Call::Operate(slot, operation.0.into())),
             new.clone().prop_map(|new| Call::Generate(new.0)),
             (new, a_private_half()).prop_map(|(new, private)| Call::Import(new.0, private)),
             (a_slot(), "\\PC{0,60}").prop_map(|(slot, label)| Call::Rename(slot, label)),
@@ -930,7 +936,7 @@ mod tests {
     fn a_call_out_of_bounds_is_refused_before_it_is_sent() {
         let sign = |slot: usize, message: usize| {
             let operation = Operation::Sign { scheme: Scheme::Ed25519, input: Input::Message(vec![0; message].into()) };
-            encode_call(1, &Call::Operate(Slot(vec![0; slot].into()), operation)).map(drop)
+            encode_call(1, &Call::Operate(Slot(vec![0; slot].into()), operation.into())).map(drop)
         };
         assert_eq!(sign(MAX_SLOT, MAX_INPUT), Ok(()));
         assert_eq!(sign(MAX_SLOT, MAX_INPUT + 1), Err(DeviceError::TooLong { max: MAX_INPUT }));

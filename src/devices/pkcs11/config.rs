@@ -1,5 +1,7 @@
 //! What a PKCS#11 device is configured with, and how that comes to its process.
 
+use std::{num::NonZero, thread};
+
 use super::{Module, TokenUri};
 use crate::{
     devices::{DeviceError, host::wire::MAX_LANES},
@@ -8,8 +10,16 @@ use crate::{
 
 /// The most sessions that a device may have: as many as a process has lanes.
 pub const MAX_SESSIONS: usize = MAX_LANES;
-/// Sessions of a device whose configuration does not say.
-pub const DEFAULT_SESSIONS: usize = 4;
+/// Fewest and most sessions of a device whose configuration does not say.
+const DEFAULT_SESSIONS: (usize, usize) = (2, 4);
+
+/// Sessions of a device whose configuration does not say: as many as there are cores, two at least and four at most. With
+/// more, the threads of a module that computes here wait for each other's locks: four on two cores cost SoftHSM a seventh of
+/// its P-256 signatures.
+pub fn default_sessions() -> usize {
+    let (fewest, most) = DEFAULT_SESSIONS;
+    thread::available_parallelism().map_or(fewest, NonZero::get).clamp(fewest, most)
+}
 
 /// One token of one module.
 #[derive(Clone, Debug, PartialEq, Eq)]

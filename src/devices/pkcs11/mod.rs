@@ -21,7 +21,7 @@ use crate::devices::{
     host::{Host, HostSettings, child::Question},
 };
 
-pub use config::{Config, DEFAULT_SESSIONS, MAX_SESSIONS};
+pub use config::{Config, MAX_SESSIONS, default_sessions};
 pub use driver::Pkcs11;
 pub use module::{MAX_INIT_ARGS, Module};
 pub(crate) use token::Tokens;

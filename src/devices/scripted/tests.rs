@@ -277,7 +277,7 @@ async fn a_secret_of_another_length_than_its_scheme_has_is_a_lie() {
     let PublicKey::Ecdsa(_, peer) = PublicKey::parse(&key.blob).unwrap() else { unreachable!("a P-256 key") };
     let derive = || {
         let operation = Operation::Derive { scheme: DeriveScheme::Ecdh, peer: peer.to_vec().into() };
-        device.operate(1, key, operation, Patience::default())
+        device.operate(1, key, operation.into(), Patience::default())
     };
     assert_eq!(derive().await.unwrap().secret().unwrap().len(), 32);
     control.set_rules(vec![Rule::on(CallName::Derive, Action::Garbage)]);

@@ -98,7 +98,10 @@ impl Made {
     /// What the operation is called.
     fn name(&self) -> u8 {
         match &self.call {
-            Call::Operate(_, Operation::Decrypt { ciphertext, .. }) => ciphertext[0],
+            Call::Operate(_, operation) => match &**operation {
+                Operation::Decrypt { ciphertext, .. } => ciphertext[0],
+                other => panic!("{} is not what was asked", other.name()),
+            },
             other => panic!("{other:?} is no operation"),
         }
     }
@@ -157,7 +160,7 @@ impl Desk {
             ciphertext: vec![name].into(),
         };
         tokio::spawn(async move {
-            match device.operate(1, &key, operation, Patience::default()).await? {
+            match device.operate(1, &key, operation.into(), Patience::default()).await? {
                 Outcome::Secret(bytes) => Ok(bytes[0]),
                 Outcome::Signature(_) => panic!("a signature"),
             }
