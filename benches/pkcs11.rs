@@ -35,6 +35,7 @@ use rustix::{
     buffer::spare_capacity,
     event::epoll::{self, CreateFlags, EventData, EventFlags},
 };
+use strongroom::devices::pkcs11::default_sessions;
 use support::{
     agent::Agent,
     askpass::answering,
@@ -93,9 +94,12 @@ fn main() {
         }
         let ([daemon, wider, peer], parts, own) = (rates.map(median), parts.map(median), median(own));
         println!(
-            "{name}: C_Sign {own:.0}/s; daemon {daemon:.0}/s ({:.1} %), with eight sessions {wider:.0}/s ({:.1} %); ssh-agent \
+            "{name}: C_Sign {own:.0}/s; daemon with {} sessions {daemon:.0}/s ({:.1} %), with eight {wider:.0}/s ({:.1} %); ssh-agent \
              {peer:.0}/s ({:.1} %)",
-            parts[0], parts[1], parts[2]
+            default_sessions(),
+            parts[0],
+            parts[1],
+            parts[2]
         );
     }
 }

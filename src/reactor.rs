@@ -4,9 +4,9 @@
 //! All threads wait in one edge-triggered epoll set (epoll(7)), so that connections need not be dealt out, and no socket
 //! waits while a core has nothing to do. A tokio runtime would have one thread wait for all sockets and hand them to the
 //! others, which costs a tenth of the signatures that can be made (docs/performance.md). What a task waits for besides
-//! its socket may be tokio's, whose threads have other things to do than to poll it: a waker puts it into a queue and rings
-//! a bell in the set, if a thread sleeps. What a task wakes first while it is polled here, the same thread polls next: a request that goes from a
-//! connection to a device, and back, needs no other thread to be woken.
+//! its socket may be tokio's, whose threads have other things to do than to poll it: a waker puts it into a queue, and
+//! rings a bell in the set if a thread sleeps. What a task wakes first while it is polled here, the same thread polls next:
+//! a request that goes from a connection to a device, and back, needs no other thread to be woken.
 
 mod socket;
 

@@ -36,10 +36,11 @@ const STABLE: Duration = Duration::from_secs(10);
 const PARTING: Duration = Duration::from_millis(500);
 /// How long a killed driver may take to be gone. A process in an uninterruptible sleep is left to itself.
 const END_PATIENCE: Duration = Duration::from_secs(2);
-/// An operation that takes no longer is brisk. After a few of them in a row…
+/// An operation that takes no longer is brisk. With up to three ahead for each lane ([`Session::ahead`]), a call of somebody else
+/// waits for four of them. After a few in a row…
 const BRISK: Duration = Duration::from_millis(10);
-/// …a driver is given operations before its lanes are free, so that no lane sleeps between two. A call of somebody else's
-/// waits that much longer: for a slow device it would matter.
+/// …a driver is given operations before its lanes are free, so that no lane sleeps between two; until one takes longer. For a
+/// slow device the wait would matter.
 const BRISK_RUN: u32 = 4;
 
 pub(super) struct Worker<E> {
@@ -519,15 +520,20 @@ impl<'a, S: Session> Lanes<'a, S> {
         }
     }
 
+    /// The driver gives back what it has not begun.
+    fn take_back(&mut self) {
+        for n in 0..self.ahead.len() {
+            self.withdraw(self.ahead[n].id);
+        }
+    }
+
     fn stall(&mut self) {
         let now = Instant::now();
         for active in self.active.values_mut().filter(|active| active.limit <= now) {
             active.stalled = true;
         }
         self.drain_until.get_or_insert(now + self.shared.settings.grace);
-        for n in 0..self.ahead.len() {
-            self.withdraw(self.ahead[n].id);
-        }
+        self.take_back();
         warn!(device = self.shared.name, "stalled: an operation has outlived its time");
         publish(self.shared, |state| state.health = Health::Stalled);
     }
@@ -539,6 +545,7 @@ impl<'a, S: Session> Lanes<'a, S> {
         if active.kind == Kind::Operate {
             if active.since.elapsed() > BRISK {
                 self.brisk = 0;
+                self.take_back();
             } else if matches!(result, Ok(Reply::Bytes(_))) {
                 self.brisk = self.brisk.saturating_add(1);
             }

@@ -120,6 +120,21 @@ fn every_connection_is_served_again_and_again() {
 }
 
 #[test]
+fn what_is_woken_while_no_thread_sleeps_is_polled_before_one_does() {
+    let room = room(1);
+    let (tell, told) = oneshot::channel();
+    let mut waits = room.serve(|mut socket, _| async move {
+        socket.read_u8().await.unwrap();
+        socket.write_u8(told.await.unwrap()).await.unwrap();
+    });
+    waits.write_all(b"a").unwrap();
+    let (_held, goes_on) = room.hold();
+    tell.send(7).unwrap();
+    goes_on.send(()).unwrap();
+    hears(&mut waits, &[7]);
+}
+
+#[test]
 fn what_comes_while_a_connection_is_polled_is_not_missed() {
     let room = room(3);
     let (mut stream, goes_on) = room.hold();

@@ -117,7 +117,7 @@ impl DevicePlan {
             wait: false,
         };
         let lanes = random.between(1, 4) as usize;
-        let ahead = random.pick(&[0, 1, lanes]);
+        let ahead = random.pick(&[0, 1, lanes, 3 * lanes]);
         Self { settings, lanes, ahead, is_brisk: random.percent(70), has_pin: random.percent(40) }
     }
 }

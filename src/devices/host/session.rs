@@ -49,13 +49,15 @@ use crate::{
 /// before it died is still read.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// How many calls few lanes have ahead together. With one for each, two lanes had nothing to do for a tenth of their time,
-/// while their answers were verified and the next requests came.
+/// How many calls few lanes have ahead together, and how many one lane at most. With one for each, two lanes had nothing to do
+/// for a tenth of their time, while their answers were verified and the next requests came. More would have callers wait
+/// longer for each other.
 const AHEAD: usize = 6;
+const AHEAD_OF_ONE: usize = 3;
 
-/// How many calls so many lanes take besides: as many again, and up to three for each where that is few.
+/// How many calls so many lanes take besides.
 fn ahead(lanes: usize) -> usize {
-    lanes.max(AHEAD.min(3 * lanes))
+    lanes.max(AHEAD.min(AHEAD_OF_ONE * lanes))
 }
 
 /// A driver in a process of its own.
@@ -529,6 +531,12 @@ mod tests {
 
     fn bytes(byte: u8) -> Reply {
         Reply::Bytes(Zeroizing::new(vec![byte]))
+    }
+
+    #[test]
+    fn few_lanes_have_more_ahead() {
+        let lanes = [1, 2, 3, 4, 6, 7, 64];
+        assert_eq!(lanes.map(ahead), [3, 6, 6, 6, 6, 7, 64]);
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! What a PKCS#11 device is configured with, and how that comes to its process.
 
-use std::{num::NonZero, thread};
+use std::{sync::LazyLock, thread};
 
 use super::{Module, TokenUri};
 use crate::{
@@ -10,15 +10,14 @@ use crate::{
 
 /// The most sessions that a device may have: as many as a process has lanes.
 pub const MAX_SESSIONS: usize = MAX_LANES;
-/// Fewest and most sessions of a device whose configuration does not say.
-const DEFAULT_SESSIONS: (usize, usize) = (2, 4);
-
-/// Sessions of a device whose configuration does not say: as many as there are cores, two at least and four at most. With
-/// more, the threads of a module that computes here wait for each other's locks: four on two cores cost SoftHSM a seventh of
-/// its P-256 signatures.
+/// Sessions of a device whose configuration does not say: one more than there are cores, four at most. With more, the threads
+/// of a module that computes here wait for each other's locks: four on two cores cost SoftHSM a seventh of its P-256
+/// signatures. With one less, each answer would take a core from the only lane that keeps it busy.
 pub fn default_sessions() -> usize {
-    let (fewest, most) = DEFAULT_SESSIONS;
-    thread::available_parallelism().map_or(fewest, NonZero::get).clamp(fewest, most)
+    // Counted once: a device that is configured as before is not started anew.
+    static SESSIONS: LazyLock<usize> =
+        LazyLock::new(|| thread::available_parallelism().map_or(2, |cores| cores.get() + 1).min(4));
+    *SESSIONS
 }
 
 /// One token of one module.

@@ -215,6 +215,26 @@ async fn a_device_that_is_not_brisk_has_none_ahead() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_device_that_is_brisk_no_more_gives_back_what_it_has_ahead() {
+    let mut desk = Desk::brisk().await;
+    let answers: Vec<_> = (0..4).map(|_| desk.ask()).collect();
+    let [first, second, third, fourth] = [desk.next().await, desk.next().await, desk.next().await, desk.next().await];
+    advance(BRISK + QUIET).await;
+    first.answers();
+    third.is_withdrawn().await;
+    fourth.is_withdrawn().await;
+    fourth.was_withdrawn();
+    desk.is_quiet().await;
+    assert_eq!(desk.device.load(), (1, LANES));
+    // The lane that has answered had begun the third before.
+    third.answers();
+    let fourth = desk.next().await;
+    assert_eq!(fourth.name(), 8);
+    [second, fourth].into_iter().for_each(Made::answers);
+    assert!(join(answers).await.iter().all(Result::is_ok));
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_gives_up_takes_back_what_has_not_begun_and_makes_room() {
     let mut desk = Desk::brisk().await;
     let answers: Vec<_> = (0..4).map(|_| desk.ask()).collect();
