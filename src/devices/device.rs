@@ -24,7 +24,7 @@ use super::{
     life,
     operation::MAX_INPUT,
     turns::Turns,
-    verify::Verifiers,
+    verify::RsaKeys,
     want::{Want, Wanted, Wants},
     worker::Worker,
 };
@@ -129,7 +129,7 @@ pub(super) struct Shared {
     /// True when the worker has ended and nothing of the driver is left.
     pub(super) ended: watch::Sender<bool>,
     wants: Wants,
-    verifiers: Verifiers,
+    rsa_keys: RsaKeys,
 }
 
 #[derive(Default)]
@@ -284,7 +284,7 @@ impl Device {
             counts: Counts::default(),
             ended: watch::Sender::new(false),
             wants: Wants::default(),
-            verifiers: Verifiers::default(),
+            rsa_keys: RsaKeys::default(),
         });
         let engine = Arc::new(engine);
         engine.spawn(Worker::new(Arc::clone(&shared), Arc::clone(&engine)).run());
@@ -386,7 +386,7 @@ impl Device {
         let lie = || DeviceError::Failed("the device's signature does not verify".to_owned());
         let signature = Signature::from_bytes(*scheme, key.key_type().ok_or_else(lie)?, std::mem::take(&mut *bytes));
         let signature = signature.ok_or_else(lie)?;
-        if self.0.verifiers.verify(&key.blob, *scheme, input, &signature) {
+        if self.0.rsa_keys.verify(&key.blob, *scheme, input, &signature) {
             Ok(Outcome::Signature(signature))
         } else {
             Err(lie())

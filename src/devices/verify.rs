@@ -1,6 +1,6 @@
 //! Whether a signature is one: for those that come from devices, which can lie and break. Knows public keys and schemes.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aws_lc_rs::signature as lc;
 
@@ -11,81 +11,87 @@ use crate::{
     sys::rsa::RsaPublicKey,
 };
 
-/// How many keys a device's [`Verifiers`] keep ready.
+/// How many RSA keys of a device are kept ready.
 const READY: usize = 8;
 
 /// Whether `signature` is one over `input`, in the scheme's own form, by the key whose plain public key's blob this is.
 /// False for everything that is malformed, or that such a key does not sign.
 pub fn verify(blob: &[u8], scheme: Scheme, input: &Input<'_>, signature: &Signature) -> bool {
-    Verifier::new(blob).verify(scheme, input, signature)
+    verify_with(blob, scheme, input, signature, |n, e| RsaPublicKey::new(n, e).map(Arc::new))
 }
 
-/// The public keys that were needed last, ready to verify.
+/// The RSA keys that were used last. What one has to compute from its modulus, a quarter of the time of a verification, it
+/// computes once.
 #[derive(Default)]
-pub(super) struct Verifiers(Mutex<Vec<Arc<Verifier>>>);
+pub(super) struct RsaKeys(Mutex<Vec<Ready>>);
 
-impl Verifiers {
-    /// [`verify`], by a key that is likely to be needed again.
+struct Ready {
+    n: Box<[u8]>,
+    e: Box<[u8]>,
+    key: Arc<RsaPublicKey>,
+}
+
+impl RsaKeys {
+    /// [`verify`], by a key that may be needed again.
     pub(super) fn verify(&self, blob: &[u8], scheme: Scheme, input: &Input<'_>, signature: &Signature) -> bool {
-        self.of(blob).verify(scheme, input, signature)
+        verify_with(blob, scheme, input, signature, |n, e| self.key(n, e))
     }
 
-    fn of(&self, blob: &[u8]) -> Arc<Verifier> {
-        let mut ready = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(verifier) = ready.iter().find(|verifier| *verifier.blob == *blob) {
-            return Arc::clone(verifier);
+    fn key(&self, n: &[u8], e: &[u8]) -> Option<Arc<RsaPublicKey>> {
+        let mut ready = self.ready();
+        if let Some(at) = ready.iter().position(|ready| *ready.n == *n && *ready.e == *e) {
+            let used = ready.remove(at);
+            let key = Arc::clone(&used.key);
+            ready.push(used);
+            return Some(key);
         }
-        if ready.len() == READY {
-            ready.remove(0);
-        }
-        let verifier = Arc::new(Verifier::new(blob));
-        ready.push(Arc::clone(&verifier));
-        verifier
+        drop(ready);
+        let key = Arc::new(RsaPublicKey::new(n, e)?);
+        let new = Ready { n: n.into(), e: e.into(), key: Arc::clone(&key) };
+        let mut ready = self.ready();
+        let oldest = (ready.len() == READY).then(|| ready.remove(0));
+        ready.push(new);
+        drop(ready);
+        drop(oldest);
+        Some(key)
+    }
+
+    fn ready(&self) -> MutexGuard<'_, Vec<Ready>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A public key that verifies. What an RSA key has to compute from its modulus before, a quarter of the time of one
-/// verification, it computes once.
-struct Verifier {
-    blob: Box<[u8]>,
-    rsa: Option<RsaPublicKey>,
-}
-
-impl Verifier {
-    fn new(blob: &[u8]) -> Self {
-        let rsa = match PublicKey::parse(blob) {
-            Ok(PublicKey::Rsa { e, n }) => RsaPublicKey::new(n, e),
-            _ => None,
-        };
-        Self { blob: blob.into(), rsa }
+/// [`verify`], with RSA keys from where `rsa` has them.
+fn verify_with(
+    blob: &[u8],
+    scheme: Scheme,
+    input: &Input<'_>,
+    signature: &Signature,
+    rsa: impl Fn(&[u8], &[u8]) -> Option<Arc<RsaPublicKey>>,
+) -> bool {
+    let Ok(key) = PublicKey::parse(blob) else { return false };
+    let bytes = signature.as_bytes();
+    if Signature::from_bytes(scheme, key.key_type(), bytes.to_vec()).as_ref() != Some(signature) {
+        return false;
     }
-
-    fn verify(&self, scheme: Scheme, input: &Input<'_>, signature: &Signature) -> bool {
-        let Ok(key) = PublicKey::parse(&self.blob) else { return false };
-        let bytes = signature.as_bytes();
-        if Signature::from_bytes(scheme, key.key_type(), bytes.to_vec()).as_ref() != Some(signature) {
-            return false;
-        }
-        let verified = match &self.rsa {
-            Some(key) => verify_rsa(key, scheme, input, bytes),
-            None => verify_bytes(&key, scheme, input, bytes),
-        };
-        verified.unwrap_or(false)
-    }
+    verify_bytes(&key, scheme, input, bytes, rsa).unwrap_or(false)
 }
 
-fn verify_rsa(key: &RsaPublicKey, scheme: Scheme, input: &Input<'_>, signature: &[u8]) -> Option<bool> {
-    Some(match scheme {
-        Scheme::RsaPkcs1v15(hash) => key.verify_pkcs1v15(hash, input.digest(hash)?.as_ref(), signature),
-        Scheme::RsaPkcs1v15Raw => key.verify_pkcs1v15_raw(input.bytes(), signature),
-        Scheme::RsaPss(hash) => key.verify_pss(hash, input.digest(hash)?.as_ref(), signature),
-        _ => false,
-    })
-}
-
-/// The same by a key of another type.
-fn verify_bytes(key: &PublicKey<'_>, scheme: Scheme, input: &Input<'_>, signature: &[u8]) -> Option<bool> {
+fn verify_bytes(
+    key: &PublicKey<'_>,
+    scheme: Scheme,
+    input: &Input<'_>,
+    signature: &[u8],
+    rsa: impl Fn(&[u8], &[u8]) -> Option<Arc<RsaPublicKey>>,
+) -> Option<bool> {
     Some(match (key, scheme) {
+        (PublicKey::Rsa { e, n }, Scheme::RsaPkcs1v15(hash)) => {
+            rsa(n, e)?.verify_pkcs1v15(hash, input.digest(hash)?.as_ref(), signature)
+        }
+        (PublicKey::Rsa { e, n }, Scheme::RsaPkcs1v15Raw) => rsa(n, e)?.verify_pkcs1v15_raw(input.bytes(), signature),
+        (PublicKey::Rsa { e, n }, Scheme::RsaPss(hash)) => {
+            rsa(n, e)?.verify_pss(hash, input.digest(hash)?.as_ref(), signature)
+        }
         (PublicKey::Ecdsa(curve, point), Scheme::Ecdsa(hash)) => {
             let algorithm = match curve {
                 Curve::P256 => &lc::ECDSA_P256_SHA256_FIXED,
@@ -117,4 +123,35 @@ fn verify_bytes(key: &PublicKey<'_>, scheme: Scheme, input: &Input<'_>, signatur
 
 fn verify_ed25519(public: &[u8], message: &[u8], signature: &[u8]) -> bool {
     lc::UnparsedPublicKey::new(&lc::ED25519, public).verify(message, signature).is_ok()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rsa_keys_that_were_used_last_are_ready() {
+        let keys = RsaKeys::default();
+        let modulus = |n: u8| [vec![0xff; 255], vec![2 * n + 1]].concat();
+        let key = |n| keys.key(&modulus(n), &[1, 0, 1]).unwrap();
+        let first = key(0);
+        assert!(Arc::ptr_eq(&first, &key(0)));
+        assert!(!Arc::ptr_eq(&first, &keys.key(&modulus(0), &[3]).unwrap()));
+        (1..7).for_each(|n| _ = key(n));
+        assert!(Arc::ptr_eq(&first, &key(0)));
+        // The other exponent's goes, and then what has been used least since.
+        (7..9).for_each(|n| _ = key(n));
+        assert_eq!(keys.ready().len(), READY);
+        assert!(Arc::ptr_eq(&first, &key(0)));
+        (9..17).for_each(|n| _ = key(n));
+        assert!(!Arc::ptr_eq(&first, &key(0)));
+    }
+
+    #[test]
+    fn an_rsa_key_that_is_none_is_not_kept() {
+        let keys = RsaKeys::default();
+        assert!(keys.key(&[0xfe; 256], &[1, 0, 1]).is_none());
+        assert!(keys.ready().is_empty());
+    }
 }

@@ -42,6 +42,9 @@ const BRISK: Duration = Duration::from_millis(10);
 /// …a driver is given operations before its lanes are free, so that no lane sleeps between two; until one takes longer. For a
 /// slow device the wait would matter.
 const BRISK_RUN: u32 = 4;
+/// Each time that has to be taken back the run is to be twice as long as before, up to this: a device that is now quick and now
+/// slow gains nothing by what goes to and fro.
+const LONGEST_RUN: u32 = 256;
 
 pub(super) struct Worker<E> {
     shared: Arc<Shared>,
@@ -271,8 +274,9 @@ struct Lanes<'a, S> {
     /// What was taken back although somebody waits for it, by its id: it is put back together, in its order.
     returned: BTreeMap<u64, Job>,
     started: u64,
-    /// Brisk operations in a row.
+    /// Brisk operations in a row, and how many there must be.
     brisk: u32,
+    run: u32,
     /// When the other lanes have had time enough to finish; set once a lane is stalled.
     drain_until: Option<Instant>,
     /// When an idle device is asked how it is.
@@ -379,6 +383,7 @@ impl<'a, S: Session> Lanes<'a, S> {
             returned: BTreeMap::new(),
             started: 0,
             brisk: 0,
+            run: BRISK_RUN,
             drain_until: None,
             probe_at: Instant::now() + shared.settings.probe,
             rescan: false,
@@ -429,7 +434,8 @@ impl<'a, S: Session> Lanes<'a, S> {
 
     /// Gives free lanes work. A stalled lane keeps the others from beginning anything.
     fn fill(&mut self) {
-        if self.drain_until.is_none() {
+        // Together, or the last to be given back would be the first to begin. While one is awaited, every lane is taken.
+        if self.drain_until.is_none() && !self.ahead.iter().any(|ahead| ahead.withdrawn) {
             self.put_back();
         }
         while self.drain_until.is_none() && self.active.len() < self.lanes {
@@ -461,7 +467,7 @@ impl<'a, S: Session> Lanes<'a, S> {
         let limit = self.shared.settings.timeout;
         let may = |job: &Job| Kind::of(&job.call) == Kind::Operate && job.limit <= limit;
         while self.drain_until.is_none()
-            && self.brisk >= BRISK_RUN
+            && self.is_brisk()
             && !self.rescan
             && self.active.len() >= self.lanes
             && self.ahead.len() < self.session.ahead()
@@ -514,7 +520,7 @@ impl<'a, S: Session> Lanes<'a, S> {
     }
 
     fn withdraw(&mut self, id: u64) {
-        if let Some(ahead) = self.ahead.iter_mut().find(|ahead| ahead.id == id) {
+        if let Some(ahead) = self.ahead.iter_mut().find(|ahead| ahead.id == id && !ahead.withdrawn) {
             ahead.withdrawn = true;
             self.running.withdraw(id);
         }
@@ -542,14 +548,7 @@ impl<'a, S: Session> Lanes<'a, S> {
     fn done(&mut self, id: u64, result: Result<Reply, DeviceError>) -> Option<Ended> {
         let Some(active) = self.active.remove(&id) else { return self.done_ahead(id, result) };
         self.probe_at = Instant::now();
-        if active.kind == Kind::Operate {
-            if active.since.elapsed() > BRISK {
-                self.brisk = 0;
-                self.take_back();
-            } else if matches!(result, Ok(Reply::Bytes(_))) {
-                self.brisk = self.brisk.saturating_add(1);
-            }
-        }
+        let turned_slow = self.note_pace(&active, &result);
         let is_login = matches!(active.task, Task::Job { effect: Effect::LogsIn, .. });
         // After a login that failed, people shall be told at once what tries are left.
         if !is_login || result.is_ok() {
@@ -586,8 +585,33 @@ impl<'a, S: Session> Lanes<'a, S> {
         }
         if ended.is_none() {
             self.follow();
+            if turned_slow {
+                self.take_back();
+            }
         }
         ended
+    }
+
+    fn is_brisk(&self) -> bool {
+        self.brisk >= self.run
+    }
+
+    /// Counts brisk operations. Whether the device was brisk and is no more.
+    fn note_pace(&mut self, active: &Active, result: &Result<Reply, DeviceError>) -> bool {
+        let was_brisk = self.is_brisk();
+        match result {
+            // It has not been made.
+            Ok(Reply::Withdrawn) => {}
+            _ if active.kind != Kind::Operate => {}
+            _ if active.since.elapsed() > BRISK => self.brisk = 0,
+            Ok(_) => self.brisk = self.brisk.saturating_add(1),
+            Err(_) => {}
+        }
+        let turned_slow = was_brisk && !self.is_brisk();
+        if turned_slow {
+            self.run = (2 * self.run).min(LONGEST_RUN);
+        }
+        turned_slow
     }
 
     /// The same of a call that has not begun, as far as is known.

@@ -16,6 +16,8 @@ const LANES: usize = 2;
 const AHEAD: usize = 2;
 /// Longer than any timer here that the test does not wait for itself.
 const QUIET: Duration = Duration::from_millis(1);
+/// Shorter than the time that an operation may take.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// A driver's side, as the test sees it.
 struct Desk {
@@ -32,9 +34,11 @@ struct Made {
     withdrawn: Arc<Notify>,
 }
 
+#[derive(Clone)]
 struct Played {
     calls: mpsc::UnboundedSender<Made>,
     death: Arc<Notify>,
+    ahead: usize,
 }
 
 struct PlayedCall {
@@ -60,7 +64,7 @@ impl Engine for Played {
     type Session = Self;
 
     async fn open(&self) -> Result<Self, DeviceError> {
-        Ok(Self { calls: self.calls.clone(), death: Arc::clone(&self.death) })
+        Ok(self.clone())
     }
 }
 
@@ -70,7 +74,7 @@ impl Session for Played {
     }
 
     fn ahead(&self) -> usize {
-        AHEAD
+        self.ahead
     }
 
     fn call(&self, call: Call) -> impl Underway {
@@ -112,7 +116,7 @@ impl Made {
     }
 
     async fn is_withdrawn(&self) {
-        self.withdrawn.notified().await;
+        timeout(PATIENCE, self.withdrawn.notified()).await.unwrap();
     }
 
     fn was_withdrawn(self) {
@@ -121,25 +125,38 @@ impl Made {
 }
 
 impl Desk {
-    fn new() -> Self {
+    fn new(ahead: usize) -> Self {
         let ((sender, calls), death) = (mpsc::unbounded_channel(), Arc::new(Notify::new()));
-        let engine = Played { calls: sender, death: Arc::clone(&death) };
+        let engine = Played { calls: sender, death: Arc::clone(&death), ahead };
         Self { calls, death, device: Device::start("played", "played", Settings::default(), engine), asked: 0 }
     }
 
     /// A device that has shown that it is brisk.
     async fn brisk() -> Self {
-        let mut desk = Self::new();
-        for _ in 0..BRISK_RUN {
-            let answer = desk.ask();
-            desk.next().await.answers();
+        Self::brisk_with(AHEAD).await
+    }
+
+    async fn brisk_with(ahead: usize) -> Self {
+        let mut desk = Self::new(ahead);
+        desk.makes(BRISK_RUN).await;
+        desk
+    }
+
+    /// Makes so many operations one after the other, in no time.
+    async fn makes(&mut self, count: u32) {
+        for _ in 0..count {
+            let answer = self.ask();
+            self.next().await.answers();
             assert!(answer.await.unwrap().is_ok());
         }
-        desk
     }
 
     /// Asks for an operation, which is called one more than the last.
     fn ask(&mut self) -> JoinHandle<Result<u8, DeviceError>> {
+        self.ask_for(1)
+    }
+
+    fn ask_for(&mut self, owner: u64) -> JoinHandle<Result<u8, DeviceError>> {
         self.asked += 1;
         let (device, name) = (self.device.clone(), self.asked);
         let key = FoundKey {
@@ -160,7 +177,7 @@ impl Desk {
             ciphertext: vec![name].into(),
         };
         tokio::spawn(async move {
-            match device.operate(1, &key, operation.into(), Patience::default()).await? {
+            match device.operate(owner, &key, operation.into(), Patience::default()).await? {
                 Outcome::Secret(bytes) => Ok(bytes[0]),
                 Outcome::Signature(_) => panic!("a signature"),
             }
@@ -215,22 +232,55 @@ async fn a_device_that_is_not_brisk_has_none_ahead() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_device_that_is_brisk_no_more_gives_back_what_it_has_ahead() {
-    let mut desk = Desk::brisk().await;
-    let answers: Vec<_> = (0..4).map(|_| desk.ask()).collect();
-    let [first, second, third, fourth] = [desk.next().await, desk.next().await, desk.next().await, desk.next().await];
-    advance(BRISK + QUIET).await;
-    first.answers();
-    third.is_withdrawn().await;
-    fourth.is_withdrawn().await;
-    fourth.was_withdrawn();
+async fn a_device_that_is_brisk_no_more_gives_back_what_it_has_ahead_and_it_keeps_its_order() {
+    let mut desk = Desk::brisk_with(4).await;
+    let mut answers = Vec::new();
+    let mut made = Vec::new();
+    for name in 5..=10 {
+        answers.push(desk.ask_for(name % 2));
+        made.push(desk.next().await);
+    }
+    answers.push(desk.ask_for(1));
     desk.is_quiet().await;
-    assert_eq!(desk.device.load(), (1, LANES));
-    // The lane that has answered had begun the third before.
-    third.answers();
-    let fourth = desk.next().await;
-    assert_eq!(fourth.name(), 8);
-    [second, fourth].into_iter().for_each(Made::answers);
+    advance(BRISK + QUIET).await;
+    made.remove(0).answers();
+    // The lane has begun the seventh before it is told.
+    for ahead in made.split_off(2) {
+        ahead.is_withdrawn().await;
+        ahead.was_withdrawn();
+        desk.is_quiet().await;
+    }
+    assert!(timeout(QUIET, made[1].withdrawn.notified()).await.is_err(), "it has begun");
+    assert_eq!(desk.device.load(), (4, LANES));
+    for name in 8..=11 {
+        made.remove(0).answers();
+        made.push(desk.next().await);
+        assert_eq!(made.last().unwrap().name(), name);
+    }
+    made.into_iter().for_each(Made::answers);
+    assert!(join(answers).await.iter().all(Result::is_ok));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_that_turned_slow_must_be_brisk_for_longer() {
+    let mut desk = Desk::brisk().await;
+    let slow = desk.ask();
+    let made = desk.next().await;
+    advance(BRISK + QUIET).await;
+    made.answers();
+    assert!(slow.await.unwrap().is_ok());
+    desk.makes(BRISK_RUN).await;
+    let answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
+    let (first, second) = (desk.next().await, desk.next().await);
+    desk.is_quiet().await;
+    [first, second].into_iter().for_each(Made::answers);
+    desk.next().await.answers();
+    assert!(join(answers).await.iter().all(Result::is_ok));
+    desk.makes(BRISK_RUN - 3).await;
+    let answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
+    for made in [desk.next().await, desk.next().await, desk.next().await] {
+        made.answers();
+    }
     assert!(join(answers).await.iter().all(Result::is_ok));
 }
 
@@ -242,7 +292,7 @@ async fn who_gives_up_takes_back_what_has_not_begun_and_makes_room() {
     answers[0].abort();
     answers[2].abort();
     third.is_withdrawn().await;
-    assert!(timeout(QUIET, first.is_withdrawn()).await.is_err(), "it has begun");
+    assert!(timeout(QUIET, first.withdrawn.notified()).await.is_err(), "it has begun");
     // Until the driver has said so, it may have begun: then it has the lane that comes free.
     let waits = desk.ask();
     desk.is_quiet().await;
