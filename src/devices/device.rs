@@ -193,7 +193,7 @@ impl Shared {
         job.inspect(|job| job.begun.store(true, Ordering::Relaxed))
     }
 
-    /// Has a job wait again that the driver had and did not begin.
+    /// Has a job wait again that the driver had and did not begin: before those that came after it.
     pub(super) fn put_back(&self, job: Job) {
         let mut queue = self.queue();
         match queue.refusal.clone() {
@@ -204,7 +204,7 @@ impl Shared {
             None if job.reply.is_closed() => drop(queue),
             None => {
                 job.begun.store(false, Ordering::Relaxed);
-                queue.turns.put_back(job.owner, job);
+                queue.turns.put_back(job.owner, job, |one, other| one.id < other.id);
             }
         }
     }

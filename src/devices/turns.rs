@@ -47,13 +47,19 @@ impl<T> Turns<T> {
         if is_next { self.pop() } else { None }
     }
 
-    /// Puts a job of `owner` back that was taken: its turn is next.
-    pub fn put_back(&mut self, owner: u64, job: T) {
+    /// Puts a job of `owner` back that was taken, before those that it `precedes`: of its owner, and of those whose turn is next.
+    /// What is put back is in the same order whichever comes first.
+    pub fn put_back(&mut self, owner: u64, job: T, precedes: impl Fn(&T, &T) -> bool) {
         self.len += 1;
         let at = self.owners.iter().position(|(other, _)| *other == owner);
         let (_, mut jobs) = at.and_then(|at| self.owners.remove(at)).unwrap_or_default();
-        jobs.push_front(job);
-        self.owners.push_front((owner, jobs));
+        let place = jobs.iter().position(|other| precedes(&job, other)).unwrap_or(jobs.len());
+        jobs.insert(place, job);
+        let waits = |(_, others): &(u64, VecDeque<T>)| {
+            jobs.front().zip(others.front()).is_some_and(|(own, other)| precedes(own, other))
+        };
+        let turn = self.owners.iter().position(waits).unwrap_or(self.owners.len());
+        self.owners.insert(turn, (owner, jobs));
     }
 
     /// Takes the first job of `owner` that `which` picks.
@@ -137,15 +143,21 @@ mod tests {
     }
 
     #[test]
-    fn what_is_put_back_goes_next() {
-        let mut turns = filled();
-        let taken: Vec<_> = [1, 2, 3, 1].into_iter().zip(std::iter::repeat_with(|| turns.pop()).flatten()).collect();
-        for (owner, job) in taken.into_iter().rev() {
-            turns.put_back(owner, job);
+    fn what_is_put_back_goes_next_whichever_comes_first() {
+        // In the order in which they came.
+        let came = |job: &str| ["a1", "a2", "a3", "b1", "c1", "b2"].iter().position(|other| *other == job);
+        for first in 0..24 {
+            let mut turns = filled();
+            let mut taken: Vec<_> =
+                [1, 2, 3, 1].into_iter().zip(std::iter::repeat_with(|| turns.pop()).flatten()).collect();
+            for n in [first / 6, first / 2 % 3, first % 2, 0] {
+                let (owner, job) = taken.remove(n);
+                turns.put_back(owner, job, |a, b| came(a) < came(b));
+            }
+            assert_eq!(turns.len(), 6);
+            let order: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
+            assert_eq!(order, ["a1", "b1", "c1", "a2", "b2", "a3"]);
         }
-        assert_eq!(turns.len(), 6);
-        let order: Vec<_> = std::iter::from_fn(|| turns.pop()).collect();
-        assert_eq!(order, ["a1", "b1", "c1", "a2", "b2", "a3"]);
     }
 
     #[test]

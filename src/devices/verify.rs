@@ -38,17 +38,16 @@ impl RsaKeys {
     }
 
     fn key(&self, n: &[u8], e: &[u8]) -> Option<Arc<RsaPublicKey>> {
-        let mut ready = self.ready();
-        if let Some(at) = ready.iter().position(|ready| *ready.n == *n && *ready.e == *e) {
-            let used = ready.remove(at);
-            let key = Arc::clone(&used.key);
-            ready.push(used);
+        if let Some(key) = use_ready(&mut self.ready(), n, e) {
             return Some(key);
         }
-        drop(ready);
         let key = Arc::new(RsaPublicKey::new(n, e)?);
         let new = Ready { n: n.into(), e: e.into(), key: Arc::clone(&key) };
         let mut ready = self.ready();
+        // Another thread may have been quicker.
+        if let Some(key) = use_ready(&mut ready, n, e) {
+            return Some(key);
+        }
         let oldest = (ready.len() == READY).then(|| ready.remove(0));
         ready.push(new);
         drop(ready);
@@ -59,6 +58,15 @@ impl RsaKeys {
     fn ready(&self) -> MutexGuard<'_, Vec<Ready>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The key, which is the one used last from now on.
+fn use_ready(ready: &mut Vec<Ready>, n: &[u8], e: &[u8]) -> Option<Arc<RsaPublicKey>> {
+    let at = ready.iter().position(|ready| *ready.n == *n && *ready.e == *e)?;
+    let used = ready.remove(at);
+    let key = Arc::clone(&used.key);
+    ready.push(used);
+    Some(key)
 }
 
 /// [`verify`], with RSA keys from where `rsa` has them.

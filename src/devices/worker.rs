@@ -42,8 +42,8 @@ const BRISK: Duration = Duration::from_millis(10);
 /// …a driver is given operations before its lanes are free, so that no lane sleeps between two; until one takes longer. For a
 /// slow device the wait would matter.
 const BRISK_RUN: u32 = 4;
-/// Each time that has to be taken back the run is to be twice as long as before, up to this: a device that is now quick and now
-/// slow gains nothing by what goes to and fro.
+/// Each time that has to be taken back the run is to be twice as long as before, up to this, after which it is as at first: a device
+/// that is now quick and now slow gains nothing by what goes to and fro.
 const LONGEST_RUN: u32 = 256;
 
 pub(super) struct Worker<E> {
@@ -271,8 +271,6 @@ struct Lanes<'a, S> {
     active: BTreeMap<u64, Active>,
     /// What the driver has besides, in the order in which it begins.
     ahead: VecDeque<Ahead>,
-    /// What was taken back although somebody waits for it, by its id: it is put back together, in its order.
-    returned: BTreeMap<u64, Job>,
     started: u64,
     /// Brisk operations in a row, and how many there must be.
     brisk: u32,
@@ -380,7 +378,6 @@ impl<'a, S: Session> Lanes<'a, S> {
             running: Running::default(),
             active: BTreeMap::new(),
             ahead: VecDeque::new(),
-            returned: BTreeMap::new(),
             started: 0,
             brisk: 0,
             run: BRISK_RUN,
@@ -434,10 +431,6 @@ impl<'a, S: Session> Lanes<'a, S> {
 
     /// Gives free lanes work. A stalled lane keeps the others from beginning anything.
     fn fill(&mut self) {
-        // Together, or the last to be given back would be the first to begin. While one is awaited, every lane is taken.
-        if self.drain_until.is_none() && !self.ahead.iter().any(|ahead| ahead.withdrawn) {
-            self.put_back();
-        }
         while self.drain_until.is_none() && self.active.len() < self.lanes {
             let underway = |kind| self.active.values().any(|active| active.kind == kind);
             // A token's keys are not changed while it is looked at: what is half written is taken for gone.
@@ -458,7 +451,7 @@ impl<'a, S: Session> Lanes<'a, S> {
         }
         self.fill_ahead();
         self.shared.active.store(self.active.len(), Ordering::Relaxed);
-        self.shared.ahead.store(self.ahead.len() + self.returned.len(), Ordering::Relaxed);
+        self.shared.ahead.store(self.ahead.len(), Ordering::Relaxed);
     }
 
     /// Gives the driver operations for when its lanes come free. Anything else, a scan that is due included, waits for a
@@ -512,13 +505,6 @@ impl<'a, S: Session> Lanes<'a, S> {
         self.begun(id, Kind::of(&job.call), Task::Ahead(job), limit);
     }
 
-    /// Has what was taken back wait again, in its order.
-    fn put_back(&mut self) {
-        while let Some((_, job)) = self.returned.pop_last() {
-            self.shared.put_back(job);
-        }
-    }
-
     fn withdraw(&mut self, id: u64) {
         if let Some(ahead) = self.ahead.iter_mut().find(|ahead| ahead.id == id && !ahead.withdrawn) {
             ahead.withdrawn = true;
@@ -570,7 +556,7 @@ impl<'a, S: Session> Lanes<'a, S> {
                 // Whoever asked may have given up.
                 let _ = reply.send(result);
             }
-            Task::Ahead(job) if matches!(result, Ok(Reply::Withdrawn)) => _ = self.returned.insert(id, job),
+            Task::Ahead(job) if matches!(result, Ok(Reply::Withdrawn)) => self.shared.put_back(job),
             Task::Ahead(job) => {
                 self.learn(&result, Effect::None);
                 let _ = job.reply.send(result);
@@ -602,14 +588,17 @@ impl<'a, S: Session> Lanes<'a, S> {
         match result {
             // It has not been made.
             Ok(Reply::Withdrawn) => {}
-            _ if active.kind != Kind::Operate => {}
+            // What waits for a touch says nothing of the device.
+            _ if active.kind != Kind::Operate || active.limit - active.since > self.shared.settings.timeout => {}
             _ if active.since.elapsed() > BRISK => self.brisk = 0,
             Ok(_) => self.brisk = self.brisk.saturating_add(1),
             Err(_) => {}
         }
-        let turned_slow = was_brisk && !self.is_brisk();
+        let turned_slow = was_brisk && self.brisk == 0;
         if turned_slow {
             self.run = (2 * self.run).min(LONGEST_RUN);
+        } else if self.brisk >= LONGEST_RUN {
+            self.run = BRISK_RUN;
         }
         turned_slow
     }
@@ -623,7 +612,7 @@ impl<'a, S: Session> Lanes<'a, S> {
         }
         let Ahead { job, .. } = self.ahead.remove(at)?;
         if matches!(result, Ok(Reply::Withdrawn)) {
-            self.returned.insert(id, job);
+            self.shared.put_back(job);
             return None;
         }
         // It is ready before the answer that made room for it was looked at.
@@ -715,9 +704,9 @@ impl<'a, S: Session> Lanes<'a, S> {
         while let Poll::Ready((id, result)) = self.running.poll_next(&mut Context::from_waker(Waker::noop())) {
             let _ = self.done(id, result);
         }
-        let ahead = std::mem::take(&mut self.ahead).into_iter().map(|Ahead { id, job, .. }| (id, job));
-        self.returned.extend(ahead);
-        self.put_back();
+        for Ahead { job, .. } in std::mem::take(&mut self.ahead) {
+            self.shared.put_back(job);
+        }
         for active in std::mem::take(&mut self.active).into_values() {
             if let Task::Job { reply, .. } | Task::Ahead(Job { reply, .. }) = active.task {
                 let error = if active.stalled { DeviceError::Timeout } else { why.clone() };
