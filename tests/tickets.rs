@@ -30,6 +30,13 @@ fn token(rules: &str) -> String {
     format!("lanes = 4\ncontrol = CONTROL\n[[key]]\nslot = \"p\"\ntype = \"p256\"\nlabel = \"p256\"\n{rules}")
 }
 
+/// With a second key, whose signatures do this. Which of two calls comes to a rule first, lanes decide.
+fn token_and_slow(action: &str) -> String {
+    token(&format!(
+        "[[key]]\nslot = \"s\"\ntype = \"p256\"\nseed = 1\nlabel = \"slow\"\n[[rule]]\non = \"sign\"\nslot = \"s\"\ndo = {action}"
+    ))
+}
+
 const HANG: &str = "[[rule]]\non = \"sign\"\ndo = \"hang\"";
 /// A queue and times in which nothing is refused or late.
 const ROOMY: &str = "queue = 65536\ntimeout = \"1h\"";
@@ -111,12 +118,13 @@ fn ten_thousand_digests_are_signed_and_each_signature_verifies() {
 #[test]
 fn tickets_come_as_they_finish_and_no_more_than_asked_for() {
     let mut home = Home::new();
-    home.device("a", &token("[[rule]]\non = \"sign\"\ncount = 1\ndo = { sleep_ms = 4000 }"), ROOMY);
+    home.device("a", &token_and_slow("{ sleep_ms = 4000 }"), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let (key, slow) = (blob(&daemon, "p256"), blob(&daemon, "slow"));
+    let key = |n| if n == 1 { &slow } else { &key };
     let mut client = daemon.connect_service();
     for n in 1..=5 {
-        client.submit(n, sign_digest(&key, &digest(n)), 0);
+        client.submit(n, sign_digest(key(n), &digest(n)), 0);
         if n == 1 {
             eventually("the slow one has begun", || device(&daemon, |device| device.running) == 1);
         }
@@ -128,7 +136,7 @@ fn tickets_come_as_they_finish_and_no_more_than_asked_for() {
     let order: Vec<u64> = two.finished.iter().chain(&rest).map(|finished| finished.id).collect();
     assert_eq!(order[4], 1, "the slow one comes last: {order:?}");
     for finished in two.finished.iter().chain(&rest) {
-        assert!(verifies(&key, &digest(finished.id), finished.reply.as_ref().unwrap()));
+        assert!(verifies(key(finished.id), &digest(finished.id), finished.reply.as_ref().unwrap()));
     }
 }
 
@@ -364,13 +372,13 @@ fn who_never_reads_is_bounded_and_hurts_nobody() {
 #[test]
 fn uses_overlap_and_answers_keep_their_order() {
     let mut home = Home::new();
-    home.device("a", &token("[[rule]]\non = \"sign\"\ncount = 1\ndo = \"hang\""), ROOMY);
+    home.device("a", &token_and_slow("\"hang\""), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let (key, slow) = (blob(&daemon, "p256"), blob(&daemon, "slow"));
     let soft = Key::random();
     daemon.connect().add(&soft, "soft", &[]);
     let mut client = daemon.connect_service();
-    client.tell(&use_key(sign_digest(&key, &digest(1)), 3000));
+    client.tell(&use_key(sign_digest(&slow, &digest(1)), 3000));
     eventually("the first has begun", || device(&daemon, |device| device.running) == 1);
     client.tell(&use_key(sign_digest(&key, &digest(2)), 0));
     client.send(&soft.sign_message(b"plain"));
