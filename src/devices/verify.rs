@@ -17,7 +17,7 @@ const READY: usize = 8;
 /// Whether `signature` is one over `input`, in the scheme's own form, by the key whose plain public key's blob this is.
 /// False for everything that is malformed, or that such a key does not sign.
 pub fn verify(blob: &[u8], scheme: Scheme, input: &Input<'_>, signature: &Signature) -> bool {
-    verify_with(blob, scheme, input, signature, |n, e| RsaPublicKey::new(n, e).map(Arc::new))
+    RsaKeys::default().verify(blob, scheme, input, signature)
 }
 
 /// The RSA keys that were used last. What one has to compute from its modulus, a quarter of the time of a verification, it
@@ -34,7 +34,52 @@ struct Ready {
 impl RsaKeys {
     /// [`verify`], by a key that may be needed again.
     pub(super) fn verify(&self, blob: &[u8], scheme: Scheme, input: &Input<'_>, signature: &Signature) -> bool {
-        verify_with(blob, scheme, input, signature, |n, e| self.key(n, e))
+        let Ok(key) = PublicKey::parse(blob) else { return false };
+        let bytes = signature.as_bytes();
+        if Signature::from_bytes(scheme, key.key_type(), bytes.to_vec()).as_ref() != Some(signature) {
+            return false;
+        }
+        self.verify_bytes(&key, scheme, input, bytes).unwrap_or(false)
+    }
+
+    fn verify_bytes(&self, key: &PublicKey<'_>, scheme: Scheme, input: &Input<'_>, signature: &[u8]) -> Option<bool> {
+        Some(match (key, scheme) {
+            (PublicKey::Rsa { e, n }, Scheme::RsaPkcs1v15(hash)) => {
+                self.key(n, e)?.verify_pkcs1v15(hash, input.digest(hash)?.as_ref(), signature)
+            }
+            (PublicKey::Rsa { e, n }, Scheme::RsaPkcs1v15Raw) => {
+                self.key(n, e)?.verify_pkcs1v15_raw(input.bytes(), signature)
+            }
+            (PublicKey::Rsa { e, n }, Scheme::RsaPss(hash)) => {
+                self.key(n, e)?.verify_pss(hash, input.digest(hash)?.as_ref(), signature)
+            }
+            (PublicKey::Ecdsa(curve, point), Scheme::Ecdsa(hash)) => {
+                let algorithm = match curve {
+                    Curve::P256 => &lc::ECDSA_P256_SHA256_FIXED,
+                    Curve::P384 => &lc::ECDSA_P384_SHA384_FIXED,
+                    Curve::P521 => &lc::ECDSA_P521_SHA512_FIXED,
+                };
+                let digest = input.ecdsa_digest(hash, *curve)?;
+                lc::UnparsedPublicKey::new(algorithm, point).verify_digest(&digest, signature).is_ok()
+            }
+            (PublicKey::Ed25519(point), Scheme::Ed25519) => verify_ed25519(point, input.message()?, signature),
+            (PublicKey::Ed25519(point), Scheme::Ed25519BlindedTor) => {
+                let (parameter, message) = input.message()?.split_first_chunk()?;
+                let (signature, blinded) = signature.split_at_checked(64)?;
+                ed25519::blind((*point).try_into().ok()?, parameter)? == blinded
+                    && verify_ed25519(blinded, message, signature)
+            }
+            (PublicKey::MlDsa44Ed25519(..), Scheme::MlDsa44Ed25519) => {
+                let mut blob = Vec::new();
+                blob.put_string(KeyType::MlDsa44Ed25519.name().as_bytes());
+                blob.put_string(signature);
+                key.verify(input.message()?, &blob).is_ok()
+            }
+            (PublicKey::SkEd25519(..) | PublicKey::SkEcdsa(..), Scheme::Sk) => {
+                key.verify(input.message()?, signature).is_ok()
+            }
+            _ => false,
+        })
     }
 
     fn key(&self, n: &[u8], e: &[u8]) -> Option<Arc<RsaPublicKey>> {
@@ -67,66 +112,6 @@ fn use_ready(ready: &mut Vec<Ready>, n: &[u8], e: &[u8]) -> Option<Arc<RsaPublic
     let key = Arc::clone(&used.key);
     ready.push(used);
     Some(key)
-}
-
-/// [`verify`], with RSA keys from where `rsa` has them.
-fn verify_with(
-    blob: &[u8],
-    scheme: Scheme,
-    input: &Input<'_>,
-    signature: &Signature,
-    rsa: impl Fn(&[u8], &[u8]) -> Option<Arc<RsaPublicKey>>,
-) -> bool {
-    let Ok(key) = PublicKey::parse(blob) else { return false };
-    let bytes = signature.as_bytes();
-    if Signature::from_bytes(scheme, key.key_type(), bytes.to_vec()).as_ref() != Some(signature) {
-        return false;
-    }
-    verify_bytes(&key, scheme, input, bytes, rsa).unwrap_or(false)
-}
-
-fn verify_bytes(
-    key: &PublicKey<'_>,
-    scheme: Scheme,
-    input: &Input<'_>,
-    signature: &[u8],
-    rsa: impl Fn(&[u8], &[u8]) -> Option<Arc<RsaPublicKey>>,
-) -> Option<bool> {
-    Some(match (key, scheme) {
-        (PublicKey::Rsa { e, n }, Scheme::RsaPkcs1v15(hash)) => {
-            rsa(n, e)?.verify_pkcs1v15(hash, input.digest(hash)?.as_ref(), signature)
-        }
-        (PublicKey::Rsa { e, n }, Scheme::RsaPkcs1v15Raw) => rsa(n, e)?.verify_pkcs1v15_raw(input.bytes(), signature),
-        (PublicKey::Rsa { e, n }, Scheme::RsaPss(hash)) => {
-            rsa(n, e)?.verify_pss(hash, input.digest(hash)?.as_ref(), signature)
-        }
-        (PublicKey::Ecdsa(curve, point), Scheme::Ecdsa(hash)) => {
-            let algorithm = match curve {
-                Curve::P256 => &lc::ECDSA_P256_SHA256_FIXED,
-                Curve::P384 => &lc::ECDSA_P384_SHA384_FIXED,
-                Curve::P521 => &lc::ECDSA_P521_SHA512_FIXED,
-            };
-            let digest = input.ecdsa_digest(hash, *curve)?;
-            lc::UnparsedPublicKey::new(algorithm, point).verify_digest(&digest, signature).is_ok()
-        }
-        (PublicKey::Ed25519(point), Scheme::Ed25519) => verify_ed25519(point, input.message()?, signature),
-        (PublicKey::Ed25519(point), Scheme::Ed25519BlindedTor) => {
-            let (parameter, message) = input.message()?.split_first_chunk()?;
-            let (signature, blinded) = signature.split_at_checked(64)?;
-            ed25519::blind((*point).try_into().ok()?, parameter)? == blinded
-                && verify_ed25519(blinded, message, signature)
-        }
-        (PublicKey::MlDsa44Ed25519(..), Scheme::MlDsa44Ed25519) => {
-            let mut blob = Vec::new();
-            blob.put_string(KeyType::MlDsa44Ed25519.name().as_bytes());
-            blob.put_string(signature);
-            key.verify(input.message()?, &blob).is_ok()
-        }
-        (PublicKey::SkEd25519(..) | PublicKey::SkEcdsa(..), Scheme::Sk) => {
-            key.verify(input.message()?, signature).is_ok()
-        }
-        _ => false,
-    })
 }
 
 fn verify_ed25519(public: &[u8], message: &[u8], signature: &[u8]) -> bool {

@@ -151,6 +151,14 @@ impl Desk {
         }
     }
 
+    async fn makes_one_slowly(&mut self) {
+        let slow = self.ask();
+        let made = self.next().await;
+        advance(BRISK + QUIET).await;
+        made.answers();
+        assert!(slow.await.unwrap().is_ok());
+    }
+
     /// Asks for an operation, which is called one more than the last.
     fn ask(&mut self) -> JoinHandle<Result<u8, DeviceError>> {
         self.ask_for(1)
@@ -217,11 +225,7 @@ async fn a_brisk_device_has_operations_ahead_and_no_more_than_it_takes() {
 #[tokio::test(start_paused = true)]
 async fn a_device_that_is_not_brisk_has_none_ahead() {
     let mut desk = Desk::brisk().await;
-    let slow = desk.ask();
-    let made = desk.next().await;
-    advance(BRISK + QUIET).await;
-    made.answers();
-    assert!(slow.await.unwrap().is_ok());
+    desk.makes_one_slowly().await;
     let answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
     let (first, second) = (desk.next().await, desk.next().await);
     desk.is_quiet().await;
@@ -272,11 +276,7 @@ async fn a_device_that_is_brisk_no_more_gives_back_what_it_has_ahead_and_it_keep
 #[tokio::test(start_paused = true)]
 async fn a_device_that_turned_slow_must_be_brisk_for_longer() {
     let mut desk = Desk::brisk().await;
-    let slow = desk.ask();
-    let made = desk.next().await;
-    advance(BRISK + QUIET).await;
-    made.answers();
-    assert!(slow.await.unwrap().is_ok());
+    desk.makes_one_slowly().await;
     desk.makes(BRISK_RUN).await;
     let answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
     let (first, second) = (desk.next().await, desk.next().await);
