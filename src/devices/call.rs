@@ -128,8 +128,8 @@ pub trait Session: Send + Sync + 'static {
     /// [`Driver::lanes`]: more calls than that are not made at once.
     fn lanes(&self) -> usize;
 
-    /// How many calls it takes besides those in the lanes: at most as many again, or three for each lane. They begin in the order they were given, each when a lane has
-    /// answered, and can be [withdrawn](Underway::withdraw) until then.
+    /// How many calls it takes besides those in the lanes: at most as many again, or three for each lane. They begin in the
+    /// order they were given, each when a lane has answered, and can be [withdrawn](Underway::withdraw) until then.
     fn ahead(&self) -> usize {
         0
     }
