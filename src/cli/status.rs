@@ -49,8 +49,7 @@ impl Status {
             let look = async || match Seen::look(&client).await {
                 Ok(seen) if self.connection.json => Ok(seen.json(&socket).to_string() + "\n"),
                 Ok(seen) => Ok(seen.text(&socket)),
-                // It may be on its way back.
-                Err(ClientError::Lost | ClientError::Unreachable { .. }) if !self.connection.json => {
+                Err(error) if !self.connection.json && may_return(&error) => {
                     Ok(format!("No daemon at {socket}; waiting for one.\n"))
                 }
                 Err(error) => Err(error.into()),
@@ -62,6 +61,12 @@ impl Status {
             }
         })
     }
+}
+
+/// Whether there is no daemon now, or none for long, and another may follow: one that is restarted refuses what comes
+/// while it ends.
+fn may_return(error: &ClientError) -> bool {
+    matches!(error, ClientError::Lost | ClientError::Unreachable { .. }) || error.code() == Some(Code::Cancelled)
 }
 
 /// What the daemon shows at one moment.
@@ -239,5 +244,18 @@ fn waiting(device: &Device, id: &str) -> Option<String> {
             )
         }
         _ => waits(&format!("their turn behind {}", count(device.running as usize, "other"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::message::Failure;
+
+    #[test]
+    fn a_watch_goes_on_while_the_daemon_is_restarted() {
+        let refused = |code| ClientError::Refused(Failure::new(code, "no"));
+        assert!(may_return(&ClientError::Lost) && may_return(&refused(Code::Cancelled)));
+        assert!(!may_return(&refused(Code::Denied)) && !may_return(&ClientError::Unsupported("devices")));
     }
 }
