@@ -3,6 +3,7 @@
 use std::{
     fmt,
     ops::RangeInclusive,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -13,13 +14,13 @@ use std::{
 use secrecy::SecretString;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot, watch},
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use zeroize::Zeroizing;
 
 use super::{
     CardChange, CardStatus, DeriveScheme, DeviceError, DeviceState, FoundKey, Health, NewKey, Operation, Outcome,
-    PrivateHalf, Scan, Signature, Slot,
+    PrivateHalf, Scan, Signature, Slot, Status,
     call::{Call, Engine, Reply},
     life,
     operation::MAX_INPUT,
@@ -78,7 +79,7 @@ pub struct Patience {
     pub waits_for_place: bool,
 }
 
-/// Of logins and logouts: they are few, and what comes of them decides about all that waits.
+/// Of logins and what belongs to them: they are few, and what comes of them decides about all that waits.
 const PATIENT: Patience = Patience { deadline: None, waits_for_place: true };
 
 /// What a device has done since the daemon started.
@@ -468,15 +469,33 @@ impl Device {
     /// Logs in. The caller sees to it that one login at a time is tried, and no PIN twice: when the PIN was sent and this
     /// fails with [`Restarted`](DeviceError::Restarted) or [`Timeout`](DeviceError::Timeout), or the future is dropped,
     /// it may have been tried.
+    ///
+    /// A lane is waited for as long as an operation may take. What becomes of a PIN that was sent is waited for until the
+    /// driver says it or is ended, which is as long again and [`Settings::grace`]: a refusal must not go unheard.
     pub async fn log_in(&self, pin: SecretString) -> Result<(), LoginError> {
         let begun = Arc::new(AtomicBool::new(false));
-        let done = self.request_noting(0, Call::Unlock(pin), self.0.settings.timeout, PATIENT, &begun).await;
+        let limit = self.0.settings.timeout;
+        let mut asked = pin!(self.enqueue(0, Call::Unlock(pin), limit, true, &begun));
+        let answer = match timeout(limit, &mut asked).await {
+            Ok(answer) => answer,
+            Err(_) if begun.load(Ordering::Relaxed) => asked.await,
+            Err(_) => Err(DeviceError::Timeout),
+        };
+        let done = self.counted(answer);
         done.map(drop).map_err(|error| LoginError { error, sent: begun.load(Ordering::Relaxed) })
     }
 
     /// [`Device::log_in`] for whom the reason is enough.
     pub async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
         self.log_in(pin).await.map_err(|failed| failed.error)
+    }
+
+    /// How it is, asked of the driver: what [`state`](Self::state) says may be as old as [`Settings::probe`].
+    pub async fn health(&self) -> Result<Status, DeviceError> {
+        match self.request(0, Call::Health, self.0.settings.timeout, PATIENT).await? {
+            Reply::Status(status) => Ok(status),
+            _ => Err(nonsense()),
+        }
     }
 
     /// Logs out.
@@ -516,22 +535,15 @@ impl Device {
     }
 
     async fn request(&self, owner: u64, call: Call, limit: Duration, patience: Patience) -> Result<Reply, DeviceError> {
-        self.request_noting(owner, call, limit, patience, &Arc::default()).await
-    }
-
-    /// Makes `begun` true when the call goes to the driver.
-    async fn request_noting(
-        &self,
-        owner: u64,
-        call: Call,
-        limit: Duration,
-        patience: Patience,
-        begun: &Arc<AtomicBool>,
-    ) -> Result<Reply, DeviceError> {
         let own = Instant::now() + limit;
         let deadline = patience.deadline.map_or(own, |deadline| deadline.min(own));
-        let answer = timeout_at(deadline, self.enqueue(owner, call, limit, patience.waits_for_place, begun));
-        let answer = answer.await.unwrap_or(Err(DeviceError::Timeout));
+        let begun = Arc::default();
+        let asked = self.enqueue(owner, call, limit, patience.waits_for_place, &begun);
+        let answer = timeout_at(deadline, asked).await;
+        self.counted(answer.unwrap_or(Err(DeviceError::Timeout)))
+    }
+
+    fn counted(&self, answer: Result<Reply, DeviceError>) -> Result<Reply, DeviceError> {
         let counts = &self.0.counts;
         let count = |count: &AtomicU64| _ = count.fetch_add(1, Ordering::Relaxed);
         match &answer {
@@ -546,6 +558,7 @@ impl Device {
         answer
     }
 
+    /// Makes `begun` true when the call goes to the driver.
     async fn enqueue(
         &self,
         owner: u64,

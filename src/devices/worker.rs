@@ -325,6 +325,8 @@ enum Kind {
     Change,
     /// It uses one.
     Operate,
+    /// It decides which of them can be seen.
+    Login,
     /// None of these.
     Other,
 }
@@ -337,7 +339,8 @@ impl Kind {
                 Self::Change
             }
             Call::Operate(..) => Self::Operate,
-            Call::Unlock(_) | Call::Lock | Call::Random(_) => Self::Other,
+            Call::Unlock(_) | Call::Lock => Self::Login,
+            Call::Random(_) => Self::Other,
         }
     }
 }
@@ -434,14 +437,16 @@ impl<'a, S: Session> Lanes<'a, S> {
         while self.drain_until.is_none() && self.active.len() < self.lanes {
             let underway = |kind| self.active.values().any(|active| active.kind == kind);
             // A token's keys are not changed while it is looked at: what is half written is taken for gone.
-            let (may_look, may_change) = (!underway(Kind::Change), !underway(Kind::Look) && !self.rescan);
+            // Nor is it looked at while it is logged in to or out of.
+            let may_look = !underway(Kind::Change) && !underway(Kind::Login);
+            let may_change = !underway(Kind::Look) && !self.rescan;
             if self.rescan && may_look {
                 (self.rescan, self.changed) = (false, false);
                 self.start(Call::Scan, Task::Probe, self.shared.settings.open_timeout);
             } else if let Some(job) = self.shared.next_job(|call| match Kind::of(call) {
                 Kind::Look => may_look,
                 Kind::Change => may_change,
-                Kind::Operate | Kind::Other => true,
+                Kind::Operate | Kind::Login | Kind::Other => true,
             }) {
                 let effect = Effect::of(&job.call);
                 self.start(job.call, Task::Job { reply: job.reply, effect }, job.limit);
@@ -485,6 +490,10 @@ impl<'a, S: Session> Lanes<'a, S> {
     }
 
     fn begun(&mut self, id: u64, kind: Kind, task: Task, limit: Duration) {
+        if kind == Kind::Login {
+            // Neither waits for a look. What that finds is of before or after, and nobody knows which.
+            self.outdate();
+        }
         let since = Instant::now();
         let active = Active { task, kind, since, limit: since + limit, stalled: false, outdated: false };
         self.active.insert(id, active);
@@ -546,7 +555,7 @@ impl<'a, S: Session> Lanes<'a, S> {
             _ => None,
         };
         // What it saw may be gone; the next one tells.
-        let outdated = active.outdated && matches!(result, Ok(Reply::Scan(_)));
+        let outdated = active.outdated && matches!(result, Ok(Reply::Scan(_) | Reply::Status(_)));
         self.rescan |= outdated;
         match active.task {
             Task::Job { reply, effect } => {
@@ -657,6 +666,7 @@ impl<'a, S: Session> Lanes<'a, S> {
             (Err(DeviceError::PinBlocked), _) => status(&|status| status.tries_left = Some(0)),
             (Err(DeviceError::NoSuchKey), _) => self.rescan = true,
             (Ok(Reply::Scan(scan)), _) => self.found(scan.clone()),
+            (Ok(Reply::Status(status)), _) => self.looked_at(status.clone()),
             _ => {}
         }
     }
@@ -679,23 +689,30 @@ impl<'a, S: Session> Lanes<'a, S> {
                 state.scan = Some(Arc::new(changed));
             }
         });
+        self.outdate();
+        self.changed = true;
+    }
+
+    /// What is being looked at is not what will be found.
+    fn outdate(&mut self) {
         for active in self.active.values_mut() {
             active.outdated = true;
         }
-        self.changed = true;
     }
 
     fn probed(&mut self, result: Result<Reply, DeviceError>) {
         match result {
             Ok(Reply::Scan(scan)) => self.found(scan),
-            Ok(Reply::Status(status)) => {
-                let known = self.shared.state.borrow().status.as_ref().map(|known| known.generation);
-                self.rescan |= known != Some(status.generation);
-                publish(self.shared, |state| state.status = Some(status));
-            }
+            Ok(Reply::Status(status)) => self.looked_at(status),
             Ok(_) => debug!(device = self.shared.name, "a probe was answered with nonsense"),
             Err(error) => debug!(device = self.shared.name, "a probe failed: {error}"),
         }
+    }
+
+    fn looked_at(&mut self, status: Status) {
+        let known = self.shared.state.borrow().status.as_ref().map(|known| known.generation);
+        self.rescan |= known != Some(status.generation);
+        publish(self.shared, |state| state.status = Some(status));
     }
 
     /// Answers for the calls that the driver takes with it.

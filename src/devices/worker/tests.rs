@@ -1,7 +1,7 @@
 //! The order and the fate of what a driver is given before it has a lane for it, with a driver that the test plays itself.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::{borrow::Cow, future::Future};
+use std::{borrow::Cow, future::Future, sync::atomic::AtomicBool};
 
 use tokio::{
     sync::{Notify, mpsc},
@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::devices::{DecryptScheme, Device, Operation, Outcome, Patience, Settings};
+use crate::devices::{DecryptScheme, Device, Operation, Outcome, Patience, Settings, device::LoginError};
 
 const LANES: usize = 2;
 const AHEAD: usize = 2;
@@ -25,6 +25,8 @@ struct Desk {
     death: Arc<Notify>,
     device: Device,
     asked: u8,
+    /// Whether scans come here, too, rather than find nothing.
+    scans: Arc<AtomicBool>,
 }
 
 /// A call that came to the driver.
@@ -39,6 +41,7 @@ struct Played {
     calls: mpsc::UnboundedSender<Made>,
     death: Arc<Notify>,
     ahead: usize,
+    scans: Arc<AtomicBool>,
 }
 
 struct PlayedCall {
@@ -81,7 +84,7 @@ impl Session for Played {
         let (sender, answer) = oneshot::channel();
         let withdrawn = Arc::new(Notify::new());
         match call {
-            Call::Scan => _ = sender.send(Ok(Reply::Scan(Scan::default()))),
+            Call::Scan if !self.scans.load(Ordering::Relaxed) => _ = sender.send(Ok(Reply::Scan(Scan::default()))),
             call => _ = self.calls.send(Made { call, answer: sender, withdrawn: Arc::clone(&withdrawn) }),
         }
         PlayedCall { answer, withdrawn }
@@ -127,8 +130,10 @@ impl Made {
 impl Desk {
     fn new(ahead: usize) -> Self {
         let ((sender, calls), death) = (mpsc::unbounded_channel(), Arc::new(Notify::new()));
-        let engine = Played { calls: sender, death: Arc::clone(&death), ahead };
-        Self { calls, death, device: Device::start("played", "played", Settings::default(), engine), asked: 0 }
+        let scans = Arc::default();
+        let engine = Played { calls: sender, death: Arc::clone(&death), ahead, scans: Arc::clone(&scans) };
+        let device = Device::start("played", "played", Settings::default(), engine);
+        Self { calls, death, device, asked: 0, scans }
     }
 
     /// A device that has shown that it is brisk.
@@ -404,6 +409,72 @@ async fn nothing_goes_before_a_login_whose_turn_it_is() {
     third.answers();
     desk.next().await.answers();
     assert_eq!(login.await.unwrap(), Ok(()));
+    assert!(join(answers).await.iter().all(Result::is_ok));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_seen_during_a_logout_is_not_believed() {
+    let mut desk = Desk::new(0);
+    desk.makes(1).await;
+    desk.scans.store(true, Ordering::Relaxed);
+    let (device, other) = (desk.device.clone(), desk.device.clone());
+    let known = device.state().scan.clone().unwrap();
+    let scan = tokio::spawn(async move { other.scan().await });
+    let scanned = desk.next().await;
+    assert!(matches!(scanned.call, Call::Scan));
+    let other = device.clone();
+    let lock = tokio::spawn(async move { other.lock().await });
+    let locked = desk.next().await;
+    assert!(matches!(locked.call, Call::Lock), "it does not wait for the scan");
+    locked.answer.send(Ok(Reply::Done)).ok().unwrap();
+    assert_eq!(lock.await.unwrap(), Ok(()));
+    // It had asked before the logout whether it was logged in, and found no private key after it.
+    scanned.answer.send(Ok(Reply::Scan(Scan { complete: true, ..Scan::default() }))).ok().unwrap();
+    scan.await.unwrap().unwrap();
+    let again = desk.next().await;
+    assert!(matches!(again.call, Call::Scan));
+    assert!(device.is_locked() && Arc::ptr_eq(&known, device.state().scan.as_ref().unwrap()));
+    let seen = Scan { status: Status { locked: true, ..Status::default() }, ..Scan::default() };
+    again.answer.send(Ok(Reply::Scan(seen.clone()))).ok().unwrap();
+    device.watch().wait_for(|state| state.scan.as_deref() == Some(&seen)).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_is_not_looked_at_during_a_login() {
+    let mut desk = Desk::new(0);
+    desk.makes(1).await;
+    desk.scans.store(true, Ordering::Relaxed);
+    let (device, other) = (desk.device.clone(), desk.device.clone());
+    let login = tokio::spawn(async move { device.unlock("1234".into()).await });
+    let unlock = desk.next().await;
+    let scan = tokio::spawn(async move { other.scan().await });
+    desk.is_quiet().await;
+    unlock.answer.send(Ok(Reply::Done)).ok().unwrap();
+    assert_eq!(login.await.unwrap(), Ok(()));
+    for _ in 0..2 {
+        let scanned = desk.next().await;
+        assert!(matches!(scanned.call, Call::Scan));
+        scanned.answer.send(Ok(Reply::Scan(Scan::default()))).ok().unwrap();
+    }
+    scan.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_becomes_of_a_pin_is_heard_although_it_had_to_wait_for_a_lane() {
+    let mut desk = Desk::new(0);
+    let settings = desk.device.settings().clone();
+    let answers = vec![desk.ask(), desk.ask()];
+    let [first, second] = [desk.next().await, desk.next().await];
+    let device = desk.device.clone();
+    let login = tokio::spawn(async move { device.log_in("1234".into()).await });
+    advance(settings.timeout - QUIET).await;
+    first.answers();
+    second.answers();
+    let unlock = desk.next().await;
+    advance(settings.timeout).await;
+    let refused = DeviceError::PinWrong { left: Some(2) };
+    unlock.answer.send(Err(refused.clone())).ok().unwrap();
+    assert_eq!(login.await.unwrap(), Err(LoginError { error: refused, sent: true }));
     assert!(join(answers).await.iter().all(Result::is_ok));
 }
 
