@@ -22,6 +22,7 @@ pub mod purpose;
 pub mod reason;
 pub mod registry;
 pub mod seal;
+mod secret_file;
 mod sign;
 pub mod store;
 pub mod stored;

@@ -3,7 +3,6 @@
 
 use std::{
     collections::BTreeMap,
-    io::Read,
     path::{Path, PathBuf},
     pin::pin,
     sync::{
@@ -13,20 +12,20 @@ use std::{
     time::Duration,
 };
 
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast},
-    task::{JoinSet, spawn_blocking},
+    task::JoinSet,
     time::{sleep, timeout},
 };
 use tracing::{info, warn};
-use zeroize::Zeroizing;
 
 use super::{
     Vault,
     card::marks_of,
     key::Caller,
     policy::{self, Refusal},
+    secret_file,
     store::MarkError,
 };
 use crate::{
@@ -36,8 +35,6 @@ use crate::{
 
 /// The longest PIN, in bytes.
 const MAX_PIN: usize = 1024;
-/// How long reading a PIN from a file may take.
-const FILE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Where a device's PIN comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -402,14 +399,6 @@ impl Vault {
             let accepted = entry.accepted.as_ref().filter(|(serial, _)| may_be_kept && *serial == status.serial);
             (entry.source.clone(), accepted.map(|(_, pin)| pin.clone()))
         });
-        let alone = accepted.is_some() || source != PinSource::Prompt;
-        if alone && status.tries_left == Some(1) {
-            return Err(Refusal::LastTry(device.name().to_owned()));
-        }
-        let read = |path: PathBuf| async move {
-            let read = timeout(FILE_PATIENCE, spawn_blocking(move || read_pin(&path))).await;
-            read.ok().and_then(Result::ok).unwrap_or_else(|| Err("the file system does not answer".to_owned()))
-        };
         let pin = match (accepted, source) {
             (Some(pin), _) => pin,
             (None, PinSource::Prompt) => {
@@ -418,8 +407,11 @@ impl Vault {
                 let pin = self.prompter.pin(caller.uid, &question).await?;
                 return Ok(candidate(pin, true));
             }
-            (None, PinSource::File(path)) => read(path).await.map_err(Refusal::NoPin)?,
-            (None, PinSource::Credential(name)) => read(credential(&name)?).await.map_err(Refusal::NoPin)?,
+            (None, PinSource::File(path)) => read_pin(&path).await.map_err(Refusal::NoPin)?,
+            (None, PinSource::Credential(name)) => {
+                let path = secret_file::credential(&name).map_err(Refusal::NoPin)?;
+                read_pin(&path).await.map_err(Refusal::NoPin)?
+            }
         };
         Ok(candidate(pin, false))
     }
@@ -433,11 +425,22 @@ impl Vault {
     /// Sends a PIN, once. Unless the device says that it is right, it is never sent again by itself.
     async fn send_pin(self: &Arc<Self>, device: &Device, candidate: Candidate) -> Result<(), Refusal> {
         let Candidate { pin, serial, typed } = candidate;
-        // While somebody typed, another token may have been put in.
-        if present(device).await?.serial != serial {
+        let turn = self.store.turn(&serial).await.map_err(|error| Refusal::NoPin(error.to_string()))?;
+        // Meanwhile another token may have been put in, and another device, or another program, have spent tries of this one.
+        let mut status = present(device).await?;
+        if !typed {
+            status = device.health().await?;
+        }
+        if status.serial != serial {
             return Err(DeviceError::Absent.into());
         }
-        let attempt = match self.store.begin(&serial, &pin, typed).await {
+        match status.tries_left {
+            Some(0) => return Err(DeviceError::PinBlocked.into()),
+            Some(1) if !typed => return Err(Refusal::LastTry(device.name().to_owned())),
+            _ => {}
+        }
+        self.check_open()?;
+        let attempt = match turn.begin(&pin, typed).await {
             Ok(attempt) => attempt,
             Err(MarkError::Refused) => return Err(Refusal::PinRefusedBefore(device.name().to_owned())),
             Err(MarkError::Pending) => return Err(Refusal::PinUncertain(device.name().to_owned())),
@@ -518,39 +521,24 @@ pub(super) async fn present(device: &Device) -> Result<Status, DeviceError> {
     }
 }
 
-fn credential(name: &str) -> Result<PathBuf, Refusal> {
-    match std::env::var_os("CREDENTIALS_DIRECTORY") {
-        Some(directory) => Ok(Path::new(&directory).join(name)),
-        None => Err(Refusal::NoPin("systemd passed no credentials; name it with LoadCredential= in the unit".into())),
-    }
-}
-
 /// The first line of a file, with the reason for a person when there is none.
-fn read_pin(path: &Path) -> Result<SecretString, String> {
-    let failed = |why: &dyn std::fmt::Display| format!("{}: {why}", path.display());
-    let mut bytes = Zeroizing::new(vec![0; MAX_PIN + 1]);
-    let mut file = std::fs::File::open(path).map_err(|e| failed(&e))?;
-    let mut len = 0;
-    while len < bytes.len() {
-        match file.read(&mut bytes[len..]).map_err(|e| failed(&e))? {
-            0 => break,
-            n => len += n,
-        }
-    }
-    let line = bytes[..len].split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
+async fn read_pin(path: &Path) -> Result<SecretString, String> {
+    let contents = secret_file::read(path, MAX_PIN + 2).await?;
+    let line = contents.split(|byte| matches!(byte, b'\n' | b'\r')).next().unwrap_or_default();
+    let failed = |why| format!("{}: {why}", path.display());
     if line.is_empty() || line.len() > MAX_PIN {
-        return Err(failed(&"its first line is no PIN"));
+        return Err(failed("its first line is no PIN"));
     }
-    let pin = std::str::from_utf8(line).map_err(|_| failed(&"the PIN is not UTF-8"))?;
-    let pin = SecretString::from(Box::<str>::from(pin));
-    debug_assert!(!pin.expose_secret().is_empty());
-    Ok(pin)
+    let pin = std::str::from_utf8(line).map_err(|_| failed("the PIN is not UTF-8"))?;
+    Ok(SecretString::from(pin))
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use secrecy::ExposeSecret;
     use tokio::sync::Notify;
+    use zeroize::Zeroizing;
 
     use super::*;
     use crate::{

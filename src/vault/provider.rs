@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     devices::{
-        self, Device, DeviceError, Driver, FoundKey, Health, Scan,
+        self, Device, DeviceError, Driver, FoundKey, Health, Scan, Status,
         host::{Host, HostEngine, HostSettings},
         pkcs11::{self, Module, Pkcs11, Token, TokenUri},
     },
@@ -429,7 +429,9 @@ impl Vault {
             return Ok(scan);
         }
         self.log_in_once(caller, wanted, device, refused).await?;
-        Ok(device.scan().await?)
+        // The login has had its own time.
+        let until = deadline.max(Instant::now() + device.settings().timeout);
+        Ok(timeout_at(until, device.scan()).await.map_err(|_| Refusal::Timeout)??)
     }
 
     /// Tries the PIN once.
@@ -441,10 +443,10 @@ impl Vault {
         refused: &mut Option<Refusal>,
     ) -> Result<(), Refusal> {
         // Nobody has been told that it is the last.
-        let last = device.state().status.as_ref().is_some_and(|status| status.tries_left == Some(1));
-        let result = match last {
-            true => Err(Refusal::LastTry(device.name().to_owned())),
-            false => self.unlock_device(device, caller, wanted.pin.clone()).await,
+        let result = match device.health().await {
+            Ok(Status { tries_left: Some(1), .. }) => Err(Refusal::LastTry(device.name().to_owned())),
+            Ok(_) => self.unlock_device(device, caller, wanted.pin.clone()).await,
+            Err(error) => Err(error.into()),
         };
         result.inspect_err(|refusal| *refused = Some(refusal.clone()))
     }

@@ -5,6 +5,7 @@
 //! that a slow disk holds up nobody else. Without a file the PIN marks are the same, in memory, with no thread and no
 //! clock.
 
+mod attempt;
 mod changes;
 mod contents;
 mod copy;
@@ -33,15 +34,16 @@ use std::{
 
 use aws_lc_rs::hmac;
 use rustix::rand::{GetRandomFlags, getrandom};
-use secrecy::SecretString;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tracing::error;
 use zeroize::Zeroizing;
 
 use super::audit::Head;
 use crate::devices::{FoundKey, Scan, Slot};
+use attempt::OnTheirWay;
 use file::StateFile;
 
+pub use attempt::{Attempt, PinTurn};
 pub use error::{MarkError, StoreError};
 pub(super) use file::private;
 pub use master::{MasterKey, SealError};
@@ -58,8 +60,6 @@ use tables::{Change, Fault};
 
 /// How many changes may wait for the disk; further callers wait for a place.
 const QUEUE: usize = 64;
-/// How many PINs may be on their way at a time.
-const MAX_ON_THEIR_WAY: u32 = 65_536;
 
 /// A device that was seen before, and the keys on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,8 +90,7 @@ struct Inner {
     /// What had to be mended when it was opened.
     recovery: Option<Recovery>,
     worker: Worker,
-    /// A place for each PIN that is on its way.
-    on_their_way: Arc<Semaphore>,
+    on_their_way: OnTheirWay,
 }
 
 /// What an opened store remembers.
@@ -158,7 +157,7 @@ impl Store {
         if let Some(mended) = &recovery {
             mended.log();
         }
-        let store = Self(Arc::new(Inner { key, initialised, recovery, worker, on_their_way: places() }));
+        let store = Self(Arc::new(Inner { key, initialised, recovery, worker, on_their_way: OnTheirWay::default() }));
         Ok(Opened { store, devices: contents.devices, keys: contents.keys, audit_head })
     }
 
@@ -174,7 +173,7 @@ impl Store {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &*key);
         let worker = Worker::Here(Box::new(Mutex::new(ledger)));
         let initialised = AtomicBool::new(false);
-        Ok(Self(Arc::new(Inner { key, initialised, recovery: None, worker, on_their_way: places() })))
+        Ok(Self(Arc::new(Inner { key, initialised, recovery: None, worker, on_their_way: OnTheirWay::default() })))
     }
 
     /// Whether it is a file.
@@ -206,29 +205,6 @@ impl Store {
     pub async fn forget_key(&self, device: &str, slot: &Slot) -> Result<(), StoreError> {
         let (device, slot) = (device.to_owned(), slot.clone());
         self.run(move |ledger| ledger.keep(|change| changes::forget_key(change, &device, &slot))).await?
-    }
-
-    /// Before a PIN is sent: marks it as pending, durably. An error means that it must not be sent.
-    ///
-    /// `serial` is the token's; tokens without one share theirs, and a try. A PIN that a person has just typed is sent
-    /// although what became of it the last time is not known, but not when it was refused.
-    pub async fn begin(&self, serial: &str, pin: &SecretString, typed: bool) -> Result<Attempt, MarkError> {
-        let place = Arc::clone(&self.0.on_their_way).acquire_owned().await.map_err(|_| StoreError::Closed)?;
-        let tag = marks::tag(&self.0.key, serial, pin);
-        let serial = serial.to_owned();
-        let (digest, was_pending, serial) =
-            self.run(move |ledger| ledger.begin(&tag, &serial, typed).map(|(mark, was)| (mark, was, serial))).await??;
-        Ok(Attempt { store: self.clone(), serial, digest, was_pending, _place: place })
-    }
-
-    /// Completes when no PIN is on its way: what became of each is known, or will never be. None sets out meanwhile.
-    pub async fn pins_have_arrived(&self) {
-        let _ = self.0.on_their_way.acquire_many(MAX_ON_THEIR_WAY).await;
-    }
-
-    /// Whether no PIN is on its way.
-    pub fn have_pins_arrived(&self) -> bool {
-        self.0.on_their_way.available_permits() == MAX_ON_THEIR_WAY as usize
     }
 
     /// A person says that this token's PINs may be sent again, whatever became of them before.
@@ -370,44 +346,6 @@ impl Store {
                 receiver.await.map_err(|_| StoreError::Closed)
             }
         }
-    }
-}
-
-/// A PIN on its way to a token. Dropped without an answer, as when the device's process died or the time was up, it
-/// stays pending and is not sent again.
-#[must_use = "a PIN whose outcome is not told is never sent again"]
-pub struct Attempt {
-    store: Store,
-    serial: String,
-    digest: Digest,
-    /// Whether it was pending before.
-    was_pending: bool,
-    _place: OwnedSemaphorePermit,
-}
-
-fn places() -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(MAX_ON_THEIR_WAY as usize))
-}
-
-impl Attempt {
-    /// The token took it: it may be sent again. Wait for this to the end; if it fails the PIN stays pending.
-    pub async fn accepted(self) -> Result<(), StoreError> {
-        self.end(None).await
-    }
-
-    /// It was not sent after all: what is known of it is what was known before.
-    pub async fn withdrawn(self) -> Result<(), StoreError> {
-        if self.was_pending { Ok(()) } else { self.end(None).await }
-    }
-
-    /// The token refused it.
-    pub async fn refused(self) -> Result<(), StoreError> {
-        self.end(Some(MarkState::Refused)).await
-    }
-
-    async fn end(self, state: Option<MarkState>) -> Result<(), StoreError> {
-        let Self { store, serial, digest, .. } = self;
-        store.run(move |ledger| ledger.mark(&serial, &digest, state)).await?
     }
 }
 

@@ -14,6 +14,7 @@ use std::{
 };
 
 use redb::{Database, ReadableTable, TableDefinition};
+use secrecy::SecretString;
 use tempfile::TempDir;
 
 use super::{

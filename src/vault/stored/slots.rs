@@ -1,16 +1,10 @@
 //! The slots of the store: how it is made, and by what it is opened from then on. Knows who may; not what is stored.
 
 use std::{
-    fs::OpenOptions,
-    io::Read,
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, mpsc},
-    thread,
-    time::Duration,
+    sync::Arc,
 };
 
-use rustix::fs::OFlags;
 use secrecy::SecretString;
 use tracing::{info, warn};
 use zeroize::Zeroizing;
@@ -22,13 +16,11 @@ use crate::{
         key::Caller,
         policy::Refusal,
         seal::Cost,
+        secret_file,
         store::{KEY_FILE_LENGTHS, KeySlot, MAX_SLOTS, MasterKey, SlotError, SlotKind, StoreError},
         unix_now,
     },
 };
-
-/// How long a key file may take to be read; a disk that was asleep is there by then.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What is to open the store besides.
 pub enum AddSlot {
@@ -271,45 +263,16 @@ fn contents_of(add: &AddSlot) -> Result<Zeroizing<Vec<u8>>, String> {
     }
 }
 
-/// The contents of a key file, with the reason for a person when there are none. On a disk that does not answer, it is given
-/// up after [`PATIENCE`], and its thread ends when the disk does answer.
+/// The contents of a key file, with the reason for a person when there are none. Blocks for ten seconds at most.
 pub(super) fn read_key_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, String> {
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let owned = path.to_owned();
-    let read = move || drop(sender.send(read_regular(&owned)));
-    let contents = match thread::Builder::new().name("key-file".to_owned()).spawn(read) {
-        Ok(_) => receiver.recv_timeout(PATIENCE).unwrap_or_else(|_| {
-            Err(format!("it was not read within {} seconds; see whether its disk is there", PATIENCE.as_secs()))
-        }),
-        Err(error) => Err(error.to_string()),
-    };
-    contents.map_err(|why| format!("{}: {why}", path.display()))
-}
-
-fn read_regular(path: &Path) -> Result<Zeroizing<Vec<u8>>, String> {
-    // Never longer than it begins: a buffer that grows leaves copies behind.
-    let longest = *KEY_FILE_LENGTHS.end();
-    let mut contents = Zeroizing::new(Vec::with_capacity(longest + 2));
-    // To open a pipe waits for whoever writes into it.
-    let flags = OFlags::NONBLOCK.bits().cast_signed();
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(|e| e.to_string())?;
-    if !file.metadata().map_err(|e| e.to_string())?.is_file() {
-        return Err("it is no regular file; name one with 32 bytes to 64 KiB".to_owned());
-    }
-    file.take(longest as u64 + 1).read_to_end(&mut contents).map_err(|e| e.to_string())?;
+    let contents = secret_file::read_blocking(path, KEY_FILE_LENGTHS.end() + 1)?;
     if !KEY_FILE_LENGTHS.contains(&contents.len()) {
-        return Err(SlotError::Length(contents.len()).to_string());
+        return Err(format!("{}: {}", path.display(), SlotError::Length(contents.len())));
     }
     Ok(contents)
 }
 
 /// The same of a credential of systemd's.
 pub(super) fn read_credential(name: &str) -> Result<Zeroizing<Vec<u8>>, String> {
-    if name.contains('/') || name.starts_with('.') {
-        return Err(format!("`{}` is no name of a credential", name.escape_debug()));
-    }
-    match std::env::var_os("CREDENTIALS_DIRECTORY") {
-        Some(directory) => read_key_file(&Path::new(&directory).join(name)),
-        None => Err("systemd passed no credentials; name it with LoadCredentialEncrypted= in the unit".to_owned()),
-    }
+    read_key_file(&secret_file::credential(name)?)
 }
