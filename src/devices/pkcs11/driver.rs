@@ -33,6 +33,9 @@ use crate::{
     sys::pkcs11::SinglePart,
 };
 
+/// The most looks at a token between two attempts to read what cannot be read: some minutes.
+const MAX_PAUSE: u32 = 64;
+
 /// The driver.
 pub struct Pkcs11 {
     pub(super) module: Module,
@@ -42,13 +45,13 @@ pub struct Pkcs11 {
     uri: TokenUri,
     pub(super) mechanisms: Mechanisms,
     pub(super) pool: Pool,
-    /// The PIN that the token accepted last, for keys that want it with each use.
-    pub(super) pin: Mutex<Option<SecretString>>,
-    /// Held while a PIN is sent or a session is logged out: logins are the token's, whichever session makes them.
-    login: Mutex<()>,
+    /// Held while one is sent or a session is logged out: logins are the token's, whichever
+    /// session makes them.
+    pin: Mutex<SentPin>,
     /// Held by who looks for a key, and alone by who writes one: of an object that is read while it is written SoftHSM says,
     /// until it is loaded again, that it is gone. Scans and writes do not overlap anyway.
     pub(super) objects: RwLock<()>,
+    unread: Mutex<Unread>,
     pub(super) pkcs1_decrypt: bool,
     /// Whether the token takes OAEP with SHA-256, once that was tried.
     pub(super) oaep_sha256: OnceLock<bool>,
@@ -85,8 +88,8 @@ impl Driver for Pkcs11 {
             mechanisms: Mechanisms::new(mechanisms),
             pool,
             pin: Mutex::default(),
-            login: Mutex::default(),
             objects: RwLock::default(),
+            unread: Mutex::default(),
             pkcs1_decrypt: config.pkcs1_decrypt,
             oaep_sha256: OnceLock::new(),
             single_part: OnceLock::new(),
@@ -101,13 +104,17 @@ impl Driver for Pkcs11 {
         let token = self.token()?;
         // What was remembered before may have changed since.
         self.pool.forget_handles();
-        let mut notes = self.notes(&token);
         self.pool.with(|lane| {
             let status = self.status(&lane.session, &token)?;
-            let keys = object::keys(&lane.session, status.locked, &mut notes)?;
+            let object::Found { keys, notes, unread } = object::keys(&lane.session, status.locked)?;
+            self.unread().scanned(unread);
             self.try_oaep(lane, &keys, status.locked);
-            let keys = keys.iter().filter_map(|key| self.found(key)).take(MAX_KEYS).collect();
-            Ok(Scan { keys, complete: !status.locked, status, notes: std::mem::take(&mut notes) })
+            Ok(Scan {
+                keys: keys.iter().filter_map(|key| self.found(key)).take(MAX_KEYS).collect(),
+                complete: !status.locked && unread == 0,
+                status,
+                notes: self.notes(&token).into_iter().chain(notes).collect(),
+            })
         })
     }
 
@@ -154,23 +161,27 @@ impl Driver for Pkcs11 {
     }
 
     async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
-        let token = self.token()?;
-        let _login = self.login.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = self.pool.with(|lane| self.log_in(lane, &pin, &token));
-        self.pool.forget_handles();
-        match result {
-            Ok(()) => {
-                *self.kept_pin() = Some(pin);
-                Ok(())
-            }
-            Err(DeviceError::PinWrong { .. }) => Err(self.refused()),
-            Err(error) => Err(error),
+        let mut sent = self.sent_pin();
+        if sent.was_refused(&pin) {
+            return Err(self.refused());
         }
+        let token = self.token()?;
+        let result = self.pool.with(|lane| self.log_in(lane, &pin, &sent, &token));
+        self.pool.forget_handles();
+        *sent = match &result {
+            Ok(()) => SentPin::Accepted(pin),
+            Err(DeviceError::PinWrong { .. } | DeviceError::PinBlocked) => SentPin::Refused(pin),
+            Err(_) => SentPin::None,
+        };
+        result.map_err(|error| match error {
+            DeviceError::PinWrong { .. } => self.refused(),
+            error => error,
+        })
     }
 
     async fn lock(&self) -> Result<(), DeviceError> {
-        let _login = self.login.lock().unwrap_or_else(PoisonError::into_inner);
-        *self.kept_pin() = None;
+        let mut sent = self.sent_pin();
+        *sent = SentPin::None;
         self.pool.forget_handles();
         self.pool.with(|lane| match lane.session.logout() {
             Ok(()) | Err(Error::Pkcs11(RvError::UserNotLoggedIn, _)) => Ok(()),
@@ -180,7 +191,10 @@ impl Driver for Pkcs11 {
 
     async fn health(&self) -> Result<Status, DeviceError> {
         let token = self.token()?;
-        self.pool.with(|lane| Ok(self.status(&lane.session, &token)?))
+        let mut status = self.pool.with(|lane| Ok(self.status(&lane.session, &token)?))?;
+        // What could not be read is looked at again, although nothing else has changed.
+        status.generation ^= u64::from(self.unread().is_due());
+        Ok(status)
     }
 }
 
@@ -231,8 +245,12 @@ impl Pkcs11 {
         }
     }
 
-    pub(super) fn kept_pin(&self) -> MutexGuard<'_, Option<SecretString>> {
+    fn sent_pin(&self) -> MutexGuard<'_, SentPin> {
         self.pin.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unread(&self) -> MutexGuard<'_, Unread> {
+        self.unread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn notes(&self, token: &Token) -> Vec<String> {
@@ -261,18 +279,14 @@ impl Pkcs11 {
         })
     }
 
-    fn log_in(&self, lane: &Lane, pin: &SecretString, token: &Token) -> Result<(), Fault> {
+    fn log_in(&self, lane: &Lane, pin: &SecretString, sent: &SentPin, token: &Token) -> Result<(), Fault> {
         // Where the token has its own keys for it, a PIN from here is not wanted (PKCS#11 3.1, 5.6.8).
         let pin = (!token.protected_path).then_some(pin);
         match lane.session.login(UserType::User, pin) {
             Ok(()) => Ok(()),
             Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {
                 // With which PIN is not known, and this one would count as accepted: only the token can say.
-                let known = self
-                    .kept_pin()
-                    .as_ref()
-                    .map(|kept| kept.expose_secret() == pin.map_or("", |pin| pin.expose_secret()));
-                if known == Some(true) {
+                if pin.is_some_and(|pin| sent.was_accepted(pin)) {
                     return Ok(());
                 }
                 lane.session.logout()?;
@@ -282,9 +296,39 @@ impl Pkcs11 {
         }
     }
 
+    /// The login that a key with CKA_ALWAYS_AUTHENTICATE wants between the beginning and the end of an operation: with the PIN
+    /// that the token accepted, which may have been changed since. It is sent once more at most, and never as the last try.
+    pub(super) fn authenticate(&self, lane: &mut Lane) -> Result<(), Fault> {
+        // What has begun cannot be taken back in every version of the standard, but for a new session.
+        lane.stuck = true;
+        let mut sent = self.sent_pin();
+        let pin = match &*sent {
+            SentPin::Accepted(pin) => pin.clone(),
+            SentPin::None | SentPin::Refused(_) => return Err(DeviceError::PinRequired.into()),
+        };
+        let token = self.token()?;
+        if token.tries_left() == Some(1) {
+            *sent = SentPin::None;
+            return Err(DeviceError::PinRequired.into());
+        }
+        match lane.session.login(UserType::ContextSpecific, (!token.protected_path).then_some(&pin)) {
+            Ok(()) => {
+                lane.stuck = false;
+                Ok(())
+            }
+            Err(error) => {
+                let error = device_error(&error);
+                if !matches!(error, DeviceError::PinWrong { .. } | DeviceError::PinBlocked) {
+                    return Err(error.into());
+                }
+                *sent = SentPin::Refused(pin);
+                Err(self.refused().into())
+            }
+        }
+    }
+
     /// That the PIN was refused, with the tries that are left now. Some modules say of a blocked PIN only that it is wrong.
-    pub(super) fn refused(&self) -> DeviceError {
-        *self.kept_pin() = None;
+    fn refused(&self) -> DeviceError {
         match self.token().ok().and_then(|token| token.tries_left()) {
             Some(0) => DeviceError::PinBlocked,
             left => DeviceError::PinWrong { left },
@@ -331,6 +375,49 @@ impl Pkcs11 {
     pub(super) fn single_part(&self) -> Result<&SinglePart, DeviceError> {
         let single_part = self.single_part.get_or_init(|| SinglePart::of(&self.module.path).map_err(|e| words(&e)));
         single_part.as_ref().map_err(|why| DeviceError::Failed(why.clone()))
+    }
+}
+
+/// Objects that could not be read, and when to try again: at the next look at the token, and where that changes nothing less and
+/// less often.
+#[derive(Default)]
+struct Unread {
+    count: usize,
+    /// After how many looks, and how many there were.
+    pause: u32,
+    looks: u32,
+}
+
+impl Unread {
+    fn scanned(&mut self, count: usize) {
+        let pause = if count == self.count { (2 * self.pause).min(MAX_PAUSE) } else { 1 };
+        *self = Self { count, pause, looks: 0 };
+    }
+
+    fn is_due(&mut self) -> bool {
+        self.looks = self.looks.saturating_add(1);
+        self.count > 0 && self.looks >= self.pause
+    }
+}
+
+/// The PIN that was sent last, and what the token made of it.
+#[derive(Default)]
+enum SentPin {
+    /// None was, or what became of it is not known, or it is to be forgotten.
+    #[default]
+    None,
+    Accepted(SecretString),
+    /// It is not sent again. Whoever waited meanwhile comes with it once more, until word of the refusal has got around.
+    Refused(SecretString),
+}
+
+impl SentPin {
+    fn was_accepted(&self, pin: &SecretString) -> bool {
+        matches!(self, Self::Accepted(accepted) if accepted.expose_secret() == pin.expose_secret())
+    }
+
+    fn was_refused(&self, pin: &SecretString) -> bool {
+        matches!(self, Self::Refused(refused) if refused.expose_secret() == pin.expose_secret())
     }
 }
 

@@ -57,9 +57,10 @@ impl Pkcs11 {
     /// The new key as a scan finds it. One that cannot be used is not kept: whoever asked for it would never learn its name.
     fn made(&self, session: &Session, id: &[u8], objects: &[ObjectHandle; 2]) -> Result<FoundKey, Fault> {
         let key = object::made(session, objects[0], id).map_err(Fault::from).and_then(|key| {
-            let unusable = |why| DeviceError::Failed(format!("the token made a key that cannot be used: {why}")).into();
-            key.map_err(unusable)
-                .and_then(|key| self.found(&key).ok_or_else(|| unusable("its kind is not known".into())))
+            let unusable =
+                |why: &str| DeviceError::Failed(format!("the token made a key that cannot be used: {why}")).into();
+            key.map_err(|left| unusable(&left.why))
+                .and_then(|key| self.found(&key).ok_or_else(|| unusable("its kind is not known")))
         });
         if key.is_err() {
             objects.iter().for_each(|object| drop(session.destroy_object(*object)));

@@ -8,7 +8,10 @@ use cryptoki::{
     session::Session,
 };
 
-use super::public::{self, Reason};
+use super::{
+    error::words,
+    public::{self, Reason},
+};
 use crate::devices::{MAX_KEYS, MAX_LABEL, MAX_SLOT, Slot};
 
 /// Bytes of the public key's hash in a [`Slot`].
@@ -68,35 +71,78 @@ fn hash(blob: &[u8]) -> [u8; HASH] {
     short
 }
 
-/// The keys on the token. Private ones that cannot be used leave a note. With `hidden`, public keys stand for private ones
-/// that are not to be seen before a login. An error is one of the session or the token.
-pub(super) fn keys(session: &Session, hidden: bool, notes: &mut Vec<String>) -> Result<Vec<KeyObject>, Error> {
-    let companions = Companions::read(session, None)?;
-    let handles = find(session, &[Attribute::Class(ObjectClass::PRIVATE_KEY)])?;
-    if handles.len() > MAX_KEYS {
-        notes.push(format!("the token has more than {MAX_KEYS} private keys; the others are left out"));
-    }
-    let mut keys = Vec::new();
-    for handle in handles.into_iter().take(MAX_KEYS) {
-        match private_key(session, handle, &companions)? {
-            Ok(key) => keys.push(key),
-            Err(why) => notes.push(why),
-        }
-    }
-    if hidden {
-        public_keys(session, companions, &mut keys)?;
-    }
-    Ok(keys)
+/// What is on a token.
+pub(super) struct Found {
+    pub(super) keys: Vec<KeyObject>,
+    /// What is left out, and why.
+    pub(super) notes: Vec<String>,
+    /// How many objects could not be read. Among them may be keys that were here before.
+    pub(super) unread: usize,
 }
 
-/// Adds the public keys whose private halves are not among `keys`.
-fn public_keys(session: &Session, companions: Companions, keys: &mut Vec<KeyObject>) -> Result<(), Error> {
-    for public in companions.publics {
+impl Found {
+    fn leave_out(&mut self, left: Left) {
+        self.unread += usize::from(left.is_unread);
+        self.notes.push(left.why);
+    }
+}
+
+/// An object that is left out.
+pub(super) struct Left {
+    pub(super) why: String,
+    /// Whether it may be a key that can be used, if it could be read.
+    is_unread: bool,
+}
+
+impl Left {
+    /// An error is one of the session or the token, which has nothing else to say either.
+    fn unread(what: &str, error: Error) -> Result<Self, Error> {
+        if is_about_all(&error) {
+            return Err(error);
+        }
+        Ok(Self { why: format!("{what} cannot be read and is left out: {}", words(&error)), is_unread: true })
+    }
+}
+
+/// The keys on the token. Objects that cannot be read, and private keys that cannot be used, leave a note and spoil no other. With
+/// `hidden`, public keys stand for private ones that are not to be seen before a login.
+pub(super) fn keys(session: &Session, hidden: bool) -> Result<Found, Error> {
+    let companions = Companions::read(session, None)?;
+    let handles = find(session, &[Attribute::Class(ObjectClass::PRIVATE_KEY)])?;
+    let mut found = Found { keys: Vec::new(), notes: Vec::new(), unread: 0 };
+    if handles.len() > MAX_KEYS {
+        found.notes.push(format!("the token has more than {MAX_KEYS} private keys; the others are left out"));
+    }
+    for handle in handles.into_iter().take(MAX_KEYS) {
+        match private_key(session, handle, &companions) {
+            Ok(Ok(key)) => found.keys.push(key),
+            Ok(Err(left)) => found.leave_out(left),
+            Err(error) => found.leave_out(Left::unread("a private key", error)?),
+        }
+    }
+    let Companions { publics, unread, .. } = companions;
+    unread.into_iter().for_each(|left| found.leave_out(left));
+    if hidden {
+        public_keys(session, publics, &mut found)?;
+    }
+    Ok(found)
+}
+
+/// Adds the public keys whose private halves are not among those that were found.
+fn public_keys(session: &Session, publics: Vec<PublicObject>, found: &mut Found) -> Result<(), Error> {
+    for public in publics {
         let Ok(blob) = public.blob else { continue };
+        let keys = &mut found.keys;
         if public.id.len() > MAX_ID || keys.len() >= MAX_KEYS || keys.iter().any(|key| key.blob == blob) {
             continue;
         }
-        let attributes = Attributes::read(session, public.handle, &PUBLIC_ATTRIBUTES)?;
+        let attributes = match Attributes::read(session, public.handle, &PUBLIC_ATTRIBUTES) {
+            Ok(attributes) => attributes,
+            Err(error) => {
+                found.leave_out(Left::unread("a public key", error)?);
+                continue;
+            }
+        };
         let allowed = |attribute| attributes.flag(attribute).unwrap_or(true);
         let usage = Usage {
             sign: allowed(AttributeType::Verify),
@@ -122,25 +168,27 @@ pub(super) fn find_key(session: &Session, slot: &Slot) -> Result<Option<KeyObjec
         return Ok(None);
     }
     let companions = Companions::read(session, Some(id))?;
+    let mut unread = None;
     for handle in handles {
-        if let Ok(key) = private_key(session, handle, &companions)?
-            && key.id == id
-            && hash(&key.blob) == *wanted
-        {
-            return Ok(Some(key));
+        match private_key(session, handle, &companions) {
+            Ok(Ok(key)) if key.id == id && hash(&key.blob) == *wanted => return Ok(Some(key)),
+            Ok(_) => {}
+            Err(error) if is_about_all(&error) => return Err(error),
+            Err(error) => unread = Some(error),
         }
     }
-    Ok(None)
+    // It may be the one.
+    unread.map_or(Ok(None), Err)
 }
 
 /// The private key that has just been made with this CKA_ID, or why it cannot be used.
-pub(super) fn made(session: &Session, handle: ObjectHandle, id: &[u8]) -> Result<Result<KeyObject, String>, Error> {
+pub(super) fn made(session: &Session, handle: ObjectHandle, id: &[u8]) -> Result<Result<KeyObject, Left>, Error> {
     private_key(session, handle, &Companions::read(session, Some(id))?)
 }
 
 /// The public keys and certificates of this very key.
 pub(super) fn beside(session: &Session, key: &KeyObject) -> Result<Vec<ObjectHandle>, Error> {
-    let Companions { publics, certificates } = Companions::read(session, Some(&key.id))?;
+    let Companions { publics, certificates, .. } = Companions::read(session, Some(&key.id))?;
     let publics = publics.into_iter().filter(|public| public.id == key.id && public.blob.as_ref() == Ok(&key.blob));
     let certificates = certificates.into_iter().filter(|its| its.id == key.id && its.blob.as_ref() == Some(&key.blob));
     Ok(publics.map(|public| public.handle).chain(certificates.map(|certificate| certificate.handle)).collect())
@@ -151,19 +199,27 @@ fn private_key(
     session: &Session,
     handle: ObjectHandle,
     companions: &Companions,
-) -> Result<Result<KeyObject, String>, Error> {
+) -> Result<Result<KeyObject, Left>, Error> {
     let attributes = Attributes::read(session, handle, &KEY_ATTRIBUTES)?;
     let (id, label) = (attributes.bytes(AttributeType::Id).to_vec(), attributes.label());
-    let name = named(&id, &label);
+    let left_out =
+        |why: &str, is_unread| Ok(Err(Left { why: format!("{} is left out: {why}", named(&id, &label)), is_unread }));
     if id.len() > MAX_ID {
-        return Ok(Err(format!("{name} is left out: its CKA_ID is longer than {MAX_ID} bytes")));
+        return left_out(&format!("its CKA_ID is longer than {MAX_ID} bytes"), false);
     }
     let usage = usage(session, handle)?;
     let companion = companions.of(&id, &label, attributes.key_type());
     let blob = match (attributes.public_key(), companion.blob) {
         (Ok(blob), _) => blob,
         (Err(_), Some(blob)) => blob.clone(),
-        (Err(why), None) => return Ok(Err(format!("{name} is left out: {why}"))),
+        // Each key has a type: of one that shows none the module has not read all (SoftHSM, while another program writes it).
+        (Err(why), None) => {
+            let all_was_read = companions.unread.is_empty() && attributes.key_type().is_some();
+            return match attributes.unread {
+                Some(error) => Err(error),
+                None => left_out(why, !all_was_read),
+            };
+        }
     };
     let label = [label, companion_label(&companion)].into_iter().find(|label| !label.is_empty());
     let label = label.unwrap_or_else(|| hex(&id));
@@ -174,7 +230,7 @@ fn usage(session: &Session, handle: ObjectHandle) -> Result<Usage, Error> {
     let attributes = Attributes::read(session, handle, &PRIVATE_ATTRIBUTES)?;
     // Alone: one unknown mechanism among them spoils what is read together with it.
     let allowed = Attributes::read(session, handle, &[AttributeType::AllowedMechanisms])?;
-    let allowed = allowed.0.into_iter().find_map(|attribute| match attribute {
+    let allowed = allowed.found.into_iter().find_map(|attribute| match attribute {
         Attribute::AllowedMechanisms(allowed) => Some(allowed),
         _ => None,
     });
@@ -204,6 +260,7 @@ fn hex(bytes: &[u8]) -> String {
 struct Companions {
     publics: Vec<PublicObject>,
     certificates: Vec<CertificateObject>,
+    unread: Vec<Left>,
 }
 
 struct PublicObject {
@@ -241,9 +298,16 @@ impl Companions {
             template.extend(id.filter(|id| !id.is_empty()).map(|id| Attribute::Id(id.to_vec())));
             template
         };
-        let mut publics = Vec::new();
+        let (mut publics, mut unread) = (Vec::new(), Vec::new());
+        let mut read = |handle, attributes, what| match Attributes::read(session, handle, attributes) {
+            Ok(attributes) => Ok(Some(attributes)),
+            Err(error) => Left::unread(what, error).map(|left| {
+                unread.push(left);
+                None
+            }),
+        };
         for handle in find(session, &with_id(Attribute::Class(ObjectClass::PUBLIC_KEY)))? {
-            let attributes = Attributes::read(session, handle, &KEY_ATTRIBUTES)?;
+            let Some(attributes) = read(handle, &KEY_ATTRIBUTES, "a public key")? else { continue };
             publics.push(PublicObject {
                 handle,
                 id: attributes.bytes(AttributeType::Id).to_vec(),
@@ -256,7 +320,7 @@ impl Companions {
         let mut template = with_id(Attribute::Class(ObjectClass::CERTIFICATE));
         template.push(Attribute::CertificateType(CertificateType::X_509));
         for handle in find(session, &template)? {
-            let attributes = Attributes::read(session, handle, &CERTIFICATE_ATTRIBUTES)?;
+            let Some(attributes) = read(handle, &CERTIFICATE_ATTRIBUTES, "a certificate")? else { continue };
             let certificate = public::certificate(attributes.bytes(AttributeType::Value));
             let name = certificate.as_ref().and_then(|certificate| certificate.common_name).unwrap_or_default();
             let label = attributes.label();
@@ -267,7 +331,7 @@ impl Companions {
                 blob: certificate.and_then(|certificate| public::spki(certificate.spki).ok()),
             });
         }
-        Ok(Self { publics, certificates })
+        Ok(Self { publics, certificates, unread })
     }
 
     /// Those that belong to the private key of this CKA_ID; to the one of this label where it has no CKA_ID.
@@ -294,29 +358,34 @@ pub(super) fn find(session: &Session, template: &[Attribute]) -> Result<Vec<Obje
 }
 
 /// What an object says of itself.
-struct Attributes(Vec<Attribute>);
+struct Attributes {
+    found: Vec<Attribute>,
+    /// Why one could not be read that the object may have.
+    unread: Option<Error>,
+}
 
 impl Attributes {
     /// Those that the object has. One that cannot be read does not spoil the others.
     fn read(session: &Session, object: ObjectHandle, types: &[AttributeType]) -> Result<Self, Error> {
         match session.get_attributes(object, types) {
-            Ok(attributes) => return Ok(Self(attributes)),
+            Ok(found) => return Ok(Self { found, unread: None }),
             Err(error) if !is_about_attribute(&error) => return Err(error),
             Err(_) => {}
         }
-        let mut attributes = Vec::new();
+        let (mut found, mut unread) = (Vec::new(), None);
         for attribute_type in types {
             match session.get_attributes(object, &[*attribute_type]) {
-                Ok(found) => attributes.extend(found),
-                Err(error) if is_about_attribute(&error) => {}
-                Err(error) => return Err(error),
+                Ok(attribute) => found.extend(attribute),
+                Err(error) if !is_about_attribute(&error) => return Err(error),
+                Err(error) if is_about_value(&error) => {}
+                Err(error) => unread = Some(error),
             }
         }
-        Ok(Self(attributes))
+        Ok(Self { found, unread })
     }
 
     fn bytes(&self, wanted: AttributeType) -> &[u8] {
-        let found = self.0.iter().find(|attribute| attribute.attribute_type() == wanted);
+        let found = self.found.iter().find(|attribute| attribute.attribute_type() == wanted);
         match found {
             Some(
                 Attribute::Id(bytes)
@@ -333,7 +402,7 @@ impl Attributes {
     }
 
     fn flag(&self, wanted: AttributeType) -> Option<bool> {
-        self.0.iter().find(|attribute| attribute.attribute_type() == wanted).and_then(|attribute| match attribute {
+        self.found.iter().find(|attribute| attribute.attribute_type() == wanted).and_then(|attribute| match attribute {
             Attribute::Sign(flag)
             | Attribute::Verify(flag)
             | Attribute::Decrypt(flag)
@@ -345,7 +414,7 @@ impl Attributes {
     }
 
     fn key_type(&self) -> Option<KeyType> {
-        self.0.iter().find_map(|attribute| match attribute {
+        self.found.iter().find_map(|attribute| match attribute {
             Attribute::KeyType(key_type) => Some(*key_type),
             _ => None,
         })
@@ -391,17 +460,47 @@ fn cut(text: &str) -> String {
 /// Whether an error says something about one attribute only, and not about the object, the session or the token.
 fn is_about_attribute(error: &Error) -> bool {
     match error {
-        Error::Pkcs11(value, _) => matches!(
-            value,
-            RvError::AttributeSensitive
-                | RvError::AttributeTypeInvalid
-                | RvError::AttributeValueInvalid
-                | RvError::ArgumentsBad
-                | RvError::BufferTooSmall
-                | RvError::FunctionFailed
-                | RvError::GeneralError
-        ),
+        Error::Pkcs11(value, _) => {
+            is_about_value(error)
+                || matches!(
+                    value,
+                    RvError::ArgumentsBad
+                        | RvError::BufferTooSmall
+                        | RvError::FunctionFailed
+                        | RvError::FunctionNotSupported
+                        | RvError::GeneralError
+                )
+        }
         // A value that cannot be what its attribute has.
         _ => true,
     }
+}
+
+/// Whether it says for good that the object has no such attribute, or does not show it.
+fn is_about_value(error: &Error) -> bool {
+    match error {
+        Error::Pkcs11(value, _) => matches!(
+            value,
+            RvError::AttributeSensitive | RvError::AttributeTypeInvalid | RvError::AttributeValueInvalid
+        ),
+        _ => true,
+    }
+}
+
+/// Whether an error is one of the session or the token, so that nothing else can be read there now.
+fn is_about_all(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Pkcs11(
+            RvError::SessionHandleInvalid
+                | RvError::SessionClosed
+                | RvError::OperationActive
+                | RvError::DeviceRemoved
+                | RvError::TokenNotPresent
+                | RvError::TokenNotRecognized
+                | RvError::SlotIdInvalid
+                | RvError::CryptokiNotInitialized,
+            _
+        )
+    )
 }

@@ -8,7 +8,6 @@ use cryptoki::{
         elliptic_curve::{EcKdf, Ecdh1DeriveParams},
     },
     object::{Attribute, AttributeType, KeyType as TokenKeyType, ObjectClass},
-    session::UserType,
 };
 use zeroize::Zeroizing;
 
@@ -95,23 +94,6 @@ impl Pkcs11 {
                 _,
             ))) => derived(lane, &key, &octet_string(peer), len),
             secret => secret,
-        }
-    }
-
-    /// The login that a key with CKA_ALWAYS_AUTHENTICATE wants between the beginning and the end of an operation.
-    fn authenticate(&self, lane: &mut Lane) -> Result<(), Fault> {
-        // What has begun cannot be taken back in every version of the standard, but for a new session.
-        lane.stuck = true;
-        let pin = self.kept_pin().clone().ok_or(DeviceError::PinRequired)?;
-        match lane.session.login(UserType::ContextSpecific, Some(&pin)) {
-            Ok(()) => {
-                lane.stuck = false;
-                Ok(())
-            }
-            Err(Error::Pkcs11(RvError::PinIncorrect | RvError::PinInvalid | RvError::PinLenRange, _)) => {
-                Err(self.refused().into())
-            }
-            Err(error) => Err(error.into()),
         }
     }
 

@@ -9,7 +9,7 @@ use crate::{
     rfc4251::{Put, Reader, WireError},
 };
 
-/// The most tokens that a module lists here: as many as fit into an answer.
+/// The most tokens in a listing: as many as fit into an answer. A device may have any other.
 pub const MAX_TOKENS: usize = 96;
 /// The longest text about a token, in bytes.
 const MAX_TEXT: usize = 64;
@@ -137,7 +137,7 @@ fn trimmed(text: &str) -> String {
 /// Every token of a module, or why a slot's token cannot be told. Slots without a token are left out.
 pub(super) fn list(module: &Loaded) -> Result<Vec<Result<Token, BadSlot>>, DeviceError> {
     let slots = module.slots()?;
-    Ok(slots.into_iter().filter_map(|slot| look(module, slot).transpose()).take(MAX_TOKENS).collect())
+    Ok(slots.into_iter().filter_map(|slot| look(module, slot).transpose()).collect())
 }
 
 /// The token in a slot, if there is one.
@@ -167,7 +167,7 @@ impl Question for Tokens {
 fn encode(tokens: Vec<Result<Token, BadSlot>>) -> Vec<u8> {
     let cut = |text: &str, max: usize| text[..text.floor_char_boundary(max)].to_owned();
     let mut out = Vec::new();
-    for token in tokens {
+    for token in tokens.into_iter().take(MAX_TOKENS) {
         out.push(token.is_ok().into());
         match token {
             Ok(mut token) => {
