@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     ffi::OsString,
-    fs,
+    fs::{self, File},
     future::Future,
     io::Write,
     path::{Path, PathBuf},
@@ -69,18 +69,26 @@ impl Desk {
         Prompter::new(self.settings(&[("DISPLAY", ":0")]))
     }
 
-    /// A FIFO that scripts hold open: a line says that one has started, the end that all are gone.
-    fn life(&self) -> BufReader<pipe::Receiver> {
+    /// A FIFO that scripts hold open.
+    fn life(&self) -> Life {
         let fifo = self.path("life");
         if !fifo.exists() {
             assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
         }
-        BufReader::new(pipe::OpenOptions::new().open_receiver(fifo).unwrap())
+        let lines = BufReader::new(pipe::OpenOptions::new().open_receiver(&fifo).unwrap());
+        Life { lines, held: File::options().write(true).open(fifo).unwrap() }
     }
 
     fn read(&self, name: &str) -> String {
         fs::read_to_string(self.path(name)).unwrap()
     }
+}
+
+/// The reading end of a FIFO that scripts hold open: a line says that one has started, the end that all are gone.
+struct Life {
+    lines: BufReader<pipe::Receiver>,
+    /// A FIFO that was never open for writing has no end, and a script may be killed before it opens it.
+    held: File,
 }
 
 /// The start of a script whose life the test watches.
@@ -91,15 +99,16 @@ async fn soon<T>(event: impl Future<Output = T>) -> T {
 }
 
 /// Waits for the next script to start.
-async fn started(life: &mut BufReader<pipe::Receiver>) {
+async fn started(life: &mut Life) {
     let mut line = String::new();
-    soon(life.read_line(&mut line)).await.unwrap();
+    soon(life.lines.read_line(&mut line)).await.unwrap();
     assert_eq!(line, "up\n");
 }
 
 /// Waits until no script, and nothing that one started, is alive.
-async fn all_gone(mut life: BufReader<pipe::Receiver>) {
-    soon(life.read_to_end(&mut Vec::new())).await.unwrap();
+async fn all_gone(Life { mut lines, held }: Life) {
+    drop(held);
+    soon(lines.read_to_end(&mut Vec::new())).await.unwrap();
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
-    fs,
+    fs::{self, File},
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -85,12 +85,20 @@ impl Bench {
         self.0.path().join("helper")
     }
 
-    /// A FIFO that the helper holds open: a line says that it has started, the end that it is gone.
-    fn life(&self) -> BufReader<pipe::Receiver> {
+    /// A FIFO that the helper holds open.
+    fn life(&self) -> Life {
         let fifo = self.0.path().join("life");
         assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
-        BufReader::new(pipe::OpenOptions::new().open_receiver(fifo).unwrap())
+        let lines = BufReader::new(pipe::OpenOptions::new().open_receiver(&fifo).unwrap());
+        Life { lines, held: File::options().write(true).open(fifo).unwrap() }
     }
+}
+
+/// The reading end of a FIFO that a helper holds open: a line says that it has started, the end that it is gone.
+struct Life {
+    lines: BufReader<pipe::Receiver>,
+    /// A FIFO that was never open for writing has no end, and a helper may be killed before it opens it.
+    held: File,
 }
 
 /// A helper that says it is up and hangs, as one process.
@@ -112,14 +120,15 @@ fn pin() -> SecretString {
     SecretString::from("1234".to_owned())
 }
 
-async fn started(life: &mut BufReader<pipe::Receiver>) {
+async fn started(life: &mut Life) {
     let mut line = String::new();
-    timeout(Duration::from_secs(20), life.read_line(&mut line)).await.unwrap().unwrap();
+    timeout(Duration::from_secs(20), life.lines.read_line(&mut line)).await.unwrap().unwrap();
     assert_eq!(line, "up\n");
 }
 
-async fn gone(mut life: BufReader<pipe::Receiver>) {
-    timeout(Duration::from_secs(20), life.read_to_end(&mut Vec::new())).await.unwrap().unwrap();
+async fn gone(Life { mut lines, held }: Life) {
+    drop(held);
+    timeout(Duration::from_secs(20), lines.read_to_end(&mut Vec::new())).await.unwrap().unwrap();
 }
 
 #[tokio::test]
