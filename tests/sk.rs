@@ -7,6 +7,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -259,18 +260,18 @@ async fn who_stops_waiting_ends_the_helper() {
 async fn a_key_whose_authenticator_hangs_delays_no_other_key() {
     let bench = Bench::with_helper(HANG);
     let mut life = bench.life();
-    let stuck = paper_key(&bench);
-    let signature = tokio::spawn(async move {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        // The second waits behind the first, and says so at its own deadline.
-        let soon = Instant::now() + Duration::from_millis(300);
-        tokio::select! {
-            _ = stuck.sign(DATA, None, deadline) => panic!("a hanging helper does not answer"),
-            second = stuck.sign(DATA, None, soon) => second,
-        }
+    let (stuck, other) = (Arc::new(paper_key(&bench)), new_key("ed25519-sk"));
+    let first = tokio::spawn({
+        let stuck = Arc::clone(&stuck);
+        async move { stuck.sign(DATA, None, Instant::now() + Duration::from_secs(600)).await }
     });
+    // The first has the helper, and keeps it.
     started(&mut life).await;
-    assert!(new_key("ed25519-sk").sign(DATA, None, in_time()).await.is_ok());
-    assert_eq!(signature.await.unwrap(), Err(DeviceError::Timeout));
+    // The second waits behind the first, and says so at its own deadline.
+    let soon = Instant::now() + Duration::from_millis(300);
+    let (second, signed) = tokio::join!(stuck.sign(DATA, None, soon), other.sign(DATA, None, in_time()));
+    assert_eq!(second, Err(DeviceError::Timeout));
+    assert!(signed.is_ok() && !first.is_finished());
+    first.abort();
     gone(life).await;
 }
