@@ -274,7 +274,8 @@ fn sockets_of_systemd_replace_the_configured_ones_and_stay() {
     command.args(["--fdname=ssh:service", "-E", "HOME", "-E", "XDG_RUNTIME_DIR", "-E", "NOTIFY_SOCKET", "-l"]);
     command.arg(&ssh).arg("-l").arg(&service).args([env!("CARGO_BIN_EXE_strongroom"), "agent"]);
     let agent = place.spawn(&mut command);
-    eventually("it listens", || ssh.exists() && service.exists());
+    // A file is there before anybody listens. The first connection starts the agent, with all sockets.
+    eventually("it listens", || UnixStream::connect(&ssh).is_ok());
     place.serves(&ssh);
     assert_eq!(place.notification(), "READY=1");
     UnixStream::connect(&service).unwrap();
@@ -290,8 +291,8 @@ fn a_socket_of_systemd_without_a_doors_name_is_refused() {
     let mut command = place.command("systemd-socket-activate");
     command.args(["--fdname=door", "-l"]).arg(&socket).args([env!("CARGO_BIN_EXE_strongroom"), "agent"]);
     let mut agent = place.spawn(&mut command);
-    eventually("it listens", || socket.exists());
-    let _wakes_it = UnixStream::connect(&socket).unwrap();
+    // The connection wakes it, even one that has ended.
+    eventually("it listens", || UnixStream::connect(&socket).is_ok());
     assert_eq!(agent.child.wait().unwrap().code(), Some(1));
     assert!(agent.log().contains("FileDescriptorName=ssh"), "{}", agent.log());
 }

@@ -13,7 +13,7 @@ use support::{
     client::{Client, EXTENSION, FAILURE, Key, LOCK, SUCCESS, UNLOCK, message, put},
     command,
     daemon::Home,
-    eventually, keygen, public_key, run,
+    keygen, public_key, run,
     service::{all_names, compatible, compatible_requests, one_of_each, query},
     sshd::{Forwarded, Hosts},
     with_suffix,
@@ -188,8 +188,10 @@ fn the_far_side_of_a_client_that_binds_no_session_has_no_message_of_ours() {
     let mut socat: Command = command("socat", &home.path(""));
     socat.arg(format!("UNIX-LISTEN:{}", proxy.display())).arg(format!("UNIX-CONNECT:{}", agent.display()));
     let mut socat = socat.spawn().unwrap();
-    eventually("socat listens: apt-get install socat", || proxy.exists());
-    is_for_ssh_only(&mut Client::connect(&proxy), &key);
+    // It takes one connection and no other.
+    let mut client = Client::connect_to_starting("socat listens: apt-get install socat", &proxy);
+    is_for_ssh_only(&mut client, &key);
+    drop(client);
     assert!(socat.wait().unwrap().success());
 }
 

@@ -10,7 +10,7 @@ use aws_lc_rs::signature::{ED25519, UnparsedPublicKey};
 use rustix::rand::{GetRandomFlags, getrandom};
 use ssh_key::private::Ed25519Keypair;
 
-use super::PATIENCE;
+use super::{PATIENCE, eventually};
 
 pub const FAILURE: u8 = 5;
 pub const SUCCESS: u8 = 6;
@@ -143,7 +143,21 @@ pub struct Client {
 impl Client {
     /// Connects to the agent at `socket`.
     pub fn connect(socket: &Path) -> Self {
-        let stream = UnixStream::connect(socket).expect("the agent accepts");
+        Self::over(UnixStream::connect(socket).expect("the agent accepts"))
+    }
+
+    /// The same, of one that is just starting: a socket's file is there before anybody listens.
+    #[track_caller]
+    pub fn connect_to_starting(what: &str, socket: &Path) -> Self {
+        let mut stream = None;
+        eventually(what, || {
+            stream = UnixStream::connect(socket).ok();
+            stream.is_some()
+        });
+        Self::over(stream.expect("a connection"))
+    }
+
+    fn over(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         Self { stream }
