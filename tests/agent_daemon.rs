@@ -156,11 +156,14 @@ fn a_socket_left_over_by_a_dead_agent_is_replaced() {
     place.serves(&socket);
 }
 
-/// Listens on the socket in its argument and dies; a process that it started has the socket for another moment.
+/// Listens on the socket in its argument and dies; a process that it started has the socket until a moment after the
+/// first connection.
 const DIES: &str = r#"
     use IO::Socket::UNIX;
     my $listener = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 5) or die "$!";
     exit if fork;
+    alarm 60;
+    $listener->accept;
     select undef, undef, undef, 0.3;
 "#;
 
