@@ -14,6 +14,7 @@ use std::{
 use secrecy::ExposeSecret;
 use strongroom::prompt::{Environment, PromptError, Prompter, Settings, Unavailable};
 use tempfile::TempDir;
+use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
 
 const UID: u32 = 1000;
 
@@ -118,23 +119,18 @@ async fn a_program_that_does_not_greet_is_no_pinentry() {
 #[tokio::test]
 async fn who_stops_waiting_closes_the_question() {
     let dir = TempDir::new().unwrap();
-    let (program, life) = (dir.path().join("pinentry"), dir.path().join("life"));
-    assert!(Command::new("mkfifo").arg(&life).status().unwrap().success());
-    support::script(&program, &format!("exec 3>{}; echo up >&3; echo OK; exec cat >/dev/null", life.display()));
+    let (program, fifo) = (dir.path().join("pinentry"), dir.path().join("life"));
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    support::script(&program, &format!("exec 3>{}; echo up >&3; echo OK; exec cat >/dev/null", fifo.display()));
+    let mut life = pipe::OpenOptions::new().open_receiver(&fifo).unwrap();
     let prompter = Prompter::new(settings(&program, &[("DISPLAY", ":0")]));
     let question = tokio::spawn(async move { prompter.confirm(UID, "Allow?").await });
-    let watch = tokio::task::spawn_blocking(move || {
-        let mut life = fs::File::open(life).unwrap();
-        let mut up = [0; 3];
-        life.read_exact(&mut up).unwrap();
-        (life, up)
-    });
-    let (mut life, up) = watch.await.unwrap();
+    let mut up = [0; 3];
+    timeout(support::PATIENCE, life.read_exact(&mut up)).await.unwrap().unwrap();
     assert_eq!(&up, b"up\n");
     question.abort();
     // Its end comes when nothing of it is alive.
-    let gone = tokio::task::spawn_blocking(move || life.read_to_end(&mut Vec::new()));
-    tokio::time::timeout(Duration::from_secs(20), gone).await.unwrap().unwrap().unwrap();
+    timeout(support::PATIENCE, life.read_to_end(&mut Vec::new())).await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -24,7 +24,7 @@ pub mod tpm;
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -112,8 +112,18 @@ pub fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 
 /// Writes an executable shell script.
 pub fn script(path: &Path, body: &str) {
-    fs::write(path, format!("#!/bin/sh\n{body}\n")).expect("a script");
-    fs::set_permissions(path, fs::Permissions::from_mode(0o700)).expect("its mode");
+    // A shell writes the file: were it open for writing here, a child that another test starts at this moment would
+    // inherit it, and running it would fail with ETXTBSY.
+    let mut shell = Command::new("/bin/sh")
+        .args(["-c", "cat >\"$0\" && chmod 700 \"$0\""])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .expect("a shell");
+    let mut input = shell.stdin.take().expect("its input");
+    write!(input, "#!/bin/sh\n{body}\n").expect("a script");
+    drop(input);
+    assert!(shell.wait().expect("the shell's end").success(), "{} is not written", path.display());
 }
 
 /// A library of the system's, wherever this machine's architecture has it.
