@@ -254,7 +254,8 @@ pub(crate) async fn answers_by_its_deadline_when_it_hangs<S: Faulty>() {
     const SLACK: Duration = Duration::from_secs(10);
     let timeout = Duration::from_millis(300);
     let subject = S::start(Settings { timeout, ..settings() }).await;
-    signs(&subject).await.unwrap();
+    // A loaded machine may need more tries than one.
+    recovers(&subject).await;
     subject.fail(Fault::Hang, true);
     let (key, scheme) = quick_keys(&subject).swap_remove(0);
     let begun = Instant::now();
@@ -439,7 +440,7 @@ pub(crate) async fn says_that_it_makes_no_keys<S: Subject>() {
     signs(&subject).await.unwrap();
 }
 
-/// Waits until a device whose fault is mended signs again.
+/// Waits until a device without a fault signs, or signs again.
 async fn recovers(subject: &impl Subject) {
     let begun = Instant::now();
     while let Err(error) = signs(subject).await {
