@@ -120,9 +120,10 @@ fn a_disabled_or_expired_key_is_listed_and_not_used() {
     fed(&home, &["key", "enable", "work", "--passphrase-stdin"], PASSPHRASE).ok();
     client.ask(&use_key(ssh(&key, DATA), 0)).ok::<Bytes>();
 
-    client.ask(&set(&key, None, KeyChange::Expires(Some(now() + 2)))).ok::<()>();
+    client.ask(&set(&key, None, KeyChange::Expires(Some(now() + 3600)))).ok::<()>();
     client.ask(&use_key(ssh(&key, DATA), 0)).ok::<Bytes>();
     assert_eq!(daemon.connect().list().len(), 1);
+    client.ask(&set(&key, None, KeyChange::Expires(Some(now() + 1)))).ok::<()>();
     eventually("it expires", || daemon.connect().list().is_empty());
     let refused = client.ask(&use_key(ssh(&key, DATA), 0)).failure();
     assert!(refused.message.contains("expired"), "{refused:?}");
@@ -231,8 +232,8 @@ fn certificates_are_offered_replaced_and_dropped_when_they_expire() {
     client.ask(&use_key(ssh(&blob, DATA), 0)).ok::<Bytes>();
     cli(&home, &["key", "detach", "work-cert.pub"]).ok();
     assert_eq!(daemon.connect().list().len(), 1);
-    // Ends by itself.
-    let until = run(command("date", &dir).args(["-u", "-d", "+4 seconds", "+%Y%m%d%H%M%SZ"])).ok();
+    // Ends by itself, and not before it is looked at on a loaded machine.
+    let until = run(command("date", &dir).args(["-u", "-d", "+10 seconds", "+%Y%m%d%H%M%SZ"])).ok();
     certify("3", &format!("-1h:{}", until.trim())).ok();
     assert_eq!(daemon.connect().list().len(), 2);
     eventually("the certificate expires", || daemon.connect().list().len() == 1);
