@@ -313,7 +313,8 @@ fn a_module_that_hangs_holds_up_nobody_and_the_reason_is_told() {
         no_process_is_left(&daemon);
     }
     module.recover();
-    assert_eq!(add(&mut daemon.connect(), &module.path(), softhsm::PIN, &[]), SUCCESS, "it is well again");
+    // On a loaded machine that may take longer than the modules here are given.
+    eventually("it is well again", || add(&mut daemon.connect(), &module.path(), softhsm::PIN, &[]) == SUCCESS);
 }
 
 #[test]
