@@ -39,6 +39,8 @@ const A: (&str, &str) = ("card-000000000a01", "cardno:0000 00000A01");
 /// The same of `00000a02`.
 const B: (&str, &str) = ("card-000000000a02", "cardno:0000 00000A02");
 const ALL_TRIES: [u8; 3] = [3, 0, 3];
+/// A loaded machine may be that late with a signature; one that waited for another card's timeout would be later.
+const LONGEST: Duration = Duration::from_secs(4);
 
 /// A daemon's home in a room.
 fn home(room: &Room) -> Home {
@@ -372,7 +374,7 @@ fn a_card_that_goes_is_absent_and_another_signs_all_the_while() {
         signs(&mut client, &key);
         card
     });
-    assert!(count > 5 && longest < Duration::from_secs(2), "{count} signatures, the slowest in {longest:?}");
+    assert!(count > 5 && longest < LONGEST, "{count} signatures, the slowest in {longest:?}");
     assert_eq!((card.tries(), other.tries()), (ALL_TRIES, ALL_TRIES));
 }
 
@@ -410,7 +412,7 @@ fn a_card_in_another_reader_is_the_same_and_one_in_its_place_is_not() {
 fn a_card_that_is_pulled_while_it_works_or_hangs_costs_one_request() {
     let room = Room::new();
     let mut home = home(&room);
-    home.configure("[[device]]\nname = \"mine\"\ndriver = \"openpgp\"\ncard = \"0000:00000a01\"\ntimeout = \"2s\"");
+    home.configure("[[device]]\nname = \"mine\"\ndriver = \"openpgp\"\ncard = \"0000:00000a01\"\ntimeout = \"8s\"");
     let daemon = home.start();
     let plastic = room.card("00000a01", "25519");
     let mut card = room.insert(Reader::A, &plastic);
@@ -433,13 +435,13 @@ fn a_card_that_is_pulled_while_it_works_or_hangs_costs_one_request() {
         let begun = Instant::now();
         assert_eq!(client.ask(&use_key(ssh(&key, b"data"), 0)).code(), Code::Timeout);
         let took = begun.elapsed();
-        assert!(took >= Duration::from_secs(2) && took < Duration::from_secs(6), "{took:?}");
+        assert!(took >= Duration::from_secs(8) && took < Duration::from_secs(20), "{took:?}");
         card.obey("hang-on none");
         becomes(&daemon, "mine", "ready");
         eventually("it signs again", || client.ask(&use_key(ssh(&key, b"data"), 0)).read::<Bytes>().is_ok());
         card
     });
-    assert!(count > 5 && longest < Duration::from_secs(2), "{count} signatures, the slowest in {longest:?}");
+    assert!(count > 5 && longest < LONGEST, "{count} signatures, the slowest in {longest:?}");
     assert_eq!((card.tries(), other.tries()), (ALL_TRIES, ALL_TRIES));
 }
 
@@ -514,7 +516,7 @@ fn a_touch_is_asked_for_and_one_that_does_not_come_is_no_matter_of_pins() {
         card.obey("touch always");
         signs(&mut client, &key);
     });
-    assert!(count > 100 && longest < Duration::from_secs(2), "{count} signatures, the slowest in {longest:?}");
+    assert!(count > 20 && longest < LONGEST, "{count} signatures, the slowest in {longest:?}");
     assert_eq!((card.tries(), other.tries()), (ALL_TRIES, ALL_TRIES));
 }
 
