@@ -634,8 +634,8 @@ fn resident(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
 }
 
-/// Puts so many keys into the home's store, and returns one of them.
-fn fill(home: &Home, count: usize) -> Vec<u8> {
+/// Puts so many keys into the home's store, and returns up to three of them.
+fn fill(home: &Home, count: usize) -> Vec<Vec<u8>> {
     let file = home.path("key");
     fs::write(&file, [7; 32]).unwrap();
     let (master, seeds) = (MasterKey::generate().unwrap(), 0..count);
@@ -651,7 +651,7 @@ fn fill(home: &Home, count: usize) -> Vec<u8> {
         master.seal_key(metadata, &key.secret().unwrap()).unwrap()
     };
     let keys: Vec<_> = seeds.map(seal).collect();
-    let blob = keys[count / 2].metadata().blob.to_vec();
+    let blobs = keys[count / 2..].iter().take(3).map(|key| key.metadata().blob.to_vec()).collect();
     let opened = Store::open(&home.path("state")).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async {
@@ -660,7 +660,14 @@ fn fill(home: &Home, count: usize) -> Vec<u8> {
         opened.store.replace_keys(Vec::new(), keys).await.unwrap();
         opened.store.close().await;
     });
-    blob
+    blobs
+}
+
+/// How long this takes.
+fn time(act: impl FnOnce()) -> Duration {
+    let began = Instant::now();
+    act();
+    began.elapsed()
 }
 
 #[test]
@@ -673,22 +680,21 @@ fn ten_thousand_stored_keys_are_as_quick_as_one_and_cost_little() {
         eventually("the store is open", || state(&empty) == "open");
         resident(daemon.pid())
     };
-    let key = fill(&full, KEYS);
+    let keys = fill(&full, KEYS);
     let daemon = full.start();
     daemon.logs("the store is unlocked");
     let mut client = daemon.connect_service();
-    let began = Instant::now();
-    signs(&mut client, &key);
-    let signed = began.elapsed();
+    // The best of three: on a loaded machine any one may be slow.
+    let signed = keys.iter().map(|key| time(|| signs(&mut client, key))).min().unwrap();
     let each = resident(daemon.pid()).saturating_sub(before) / KEYS as u64;
     let mut plain = daemon.connect();
     let first = Instant::now();
     let listed = plain.list().len();
     let first = first.elapsed();
-    let again = Instant::now();
-    plain.list();
-    let again = again.elapsed();
-    eprintln!("{KEYS} keys: first signature {signed:?}, first list {first:?}, list {again:?}, {each} bytes a key");
+    let again = (0..3).map(|_| time(|| drop(plain.list()))).min().unwrap();
+    eprintln!(
+        "{KEYS} keys: first signature of a key {signed:?}, first list {first:?}, list {again:?}, {each} bytes a key"
+    );
     // OpenSSH's clients take no more.
     assert_eq!(listed, 2048);
     // A loaded machine is slow, and these programs are not optimised: what would grow with the keys is far above.
