@@ -463,24 +463,27 @@ fn key_file(dir: &Path) -> PathBuf {
     path
 }
 
-/// The example's output, its exit code and how late its loop was at worst, in milliseconds.
-fn authority<T: Send>(dir: &Path, schedule: [&str; 3], daemon: impl FnOnce(Peer) -> T + Send) -> (String, i32, f64, T) {
+/// The example's output, its exit code and whether its loop was on time: never later than a loaded machine under a
+/// sanitizer may be, which is far less than a vote is waited for.
+fn authority<T: Send>(
+    dir: &Path,
+    schedule: [&str; 3],
+    daemon: impl FnOnce(Peer) -> T + Send,
+) -> (String, i32, bool, T) {
     let key = key_file(dir);
     let arguments = [key.to_str().unwrap(), dir.to_str().unwrap()];
     let (output, seen) = run("authority", &[&arguments[..], &schedule].concat(), daemon);
     let stdout = String::from_utf8(output.stdout).unwrap();
     let late = stdout.trim_end().strip_suffix(" ms").and_then(|line| line.rsplit(' ').next()?.parse().ok());
-    let late = late.unwrap_or_else(|| panic!("{stdout}{}", String::from_utf8_lossy(&output.stderr)));
-    (stdout, output.status.code().unwrap(), late, seen)
+    let late: f64 = late.unwrap_or_else(|| panic!("{stdout}{}", String::from_utf8_lossy(&output.stderr)));
+    let deadline: f64 = schedule[2].parse().unwrap();
+    (stdout, output.status.code().unwrap(), late < deadline / 4.0, seen)
 }
-
-/// More than a loaded machine under a sanitizer is late, and far less than a vote is waited for.
-const TICK_LATE_MS: f64 = 200.0;
 
 #[test]
 fn the_authority_has_its_votes_signed() {
     let dir = TempDir::with_prefix("strongroom-c-").unwrap();
-    let (stdout, code, late, digests) = authority(dir.path(), ["3", "30", "20000"], |mut peer| {
+    let (stdout, code, on_time, digests) = authority(dir.path(), ["3", "30", "20000"], |mut peer| {
         let mut digests = Vec::new();
         let mut open: Vec<Ticket> = Vec::new();
         while let Some(body) = peer.frame() {
@@ -504,7 +507,7 @@ fn the_authority_has_its_votes_signed() {
         digests
     });
     assert_eq!((code, digests.len()), (0, 3), "{stdout}");
-    assert!(stdout.contains("3 of 3 votes signed") && late < TICK_LATE_MS, "{stdout}");
+    assert!(stdout.contains("3 of 3 votes signed") && on_time, "{stdout}");
     for (n, digest) in digests.iter().enumerate() {
         let vote = fs::read(dir.path().join(format!("vote-{}", n + 1))).unwrap();
         assert_eq!(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &vote).as_ref(), digest);
@@ -516,8 +519,8 @@ fn the_authority_has_its_votes_signed() {
 #[test]
 fn the_authority_gives_up_at_its_deadline_and_ticks_on() {
     let dir = TempDir::with_prefix("strongroom-c-").unwrap();
-    let (stdout, code, late, cancelled) = authority(dir.path(), ["2", "20", "300"], Peer::cancelled);
+    let (stdout, code, on_time, cancelled) = authority(dir.path(), ["2", "20", "4000"], Peer::cancelled);
     assert_eq!((code, cancelled.len()), (1, 2), "{stdout}");
     assert!(stdout.contains("vote 1: timeout") && stdout.contains("vote 2: timeout"), "{stdout}");
-    assert!(stdout.contains("0 of 2 votes signed") && late < TICK_LATE_MS, "{stdout}");
+    assert!(stdout.contains("0 of 2 votes signed") && on_time, "{stdout}");
 }
