@@ -284,12 +284,20 @@ impl Vault {
 
     /// Removes what has expired.
     fn drop_expired(&self) {
-        let expired = self.write().ring.expire(clock::now());
-        for identity in &expired {
-            debug!(key = %identity.name(), "expired");
-            self.audit.act("expire").blob(&identity.blob).end(Ok(())).ok();
+        let (gone, of_devices) = {
+            let mut state = self.write();
+            let expired = state.ring.expire(clock::now());
+            let of_devices =
+                expired.iter().flat_map(|identity| &identity.places).any(|place| place.key.device().is_some());
+            // They go under the lock: a secret is in memory no longer than its key is listed.
+            let gone: Vec<_> = expired.into_iter().map(|identity| (identity.name(), identity.blob.clone())).collect();
+            (gone, of_devices)
+        };
+        for (name, blob) in &gone {
+            debug!(key = %name, "expired");
+            self.audit.act("expire").blob(blob).end(Ok(())).ok();
         }
-        if expired.iter().flat_map(|identity| &identity.places).any(|place| place.key.device().is_some()) {
+        if of_devices {
             self.end_unused();
         }
     }
@@ -395,7 +403,7 @@ impl Vault {
     /// Removes one identity that came by `ssh-add`. A key on a configured device stays.
     pub fn remove(&self, caller: &Caller, blob: &[u8]) -> Result<(), Refusal> {
         let route = Route::new(caller, unix_now());
-        let removed = self.change(|ring| {
+        let name = self.change(|ring| {
             let identity = Arc::clone(ring.find(blob).ok_or(Refusal::NoSuchKey)?);
             if !policy::may_change(&identity, &route) {
                 return Err(Refusal::NoSuchKey);
@@ -407,9 +415,9 @@ impl Vault {
                 let device = identity.places.iter().find_map(|place| place.key.device()).unwrap_or_default();
                 return Err(Refusal::OnDevice(device.to_owned()));
             }
-            Ok(identity)
+            Ok(identity.name())
         })?;
-        info!(key = %removed.name(), "removed");
+        info!(key = %name, "removed");
         self.end_unused();
         Ok(())
     }
