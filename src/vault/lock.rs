@@ -156,6 +156,10 @@ impl Vault {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
     use super::*;
     use crate::{
         prompt::Prompter,
@@ -176,12 +180,16 @@ mod tests {
         let (vault, caller) = (vault(), Arc::new(Caller::default()));
         Arc::clone(&vault).lock(Arc::clone(&caller), password("right")).await.unwrap();
         let attempt = tokio::spawn(Arc::clone(&vault).unlock(Arc::clone(&caller), password("wrong")));
-        while vault.unlocks.free().available_permits() > 0 {
-            tokio::task::yield_now().await;
-        }
+        // It has its turn, or has had it already.
+        let begins = async {
+            while vault.unlocks.free().available_permits() > 0 && vault.unlocks.count().0 == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(60), begins).await.unwrap();
         attempt.abort();
         // The turn comes when the attempt is over and counted, not when its caller has gone.
-        let turn = vault.unlocks.free().acquire().await.unwrap();
+        let turn = timeout(Duration::from_secs(60), vault.unlocks.free().acquire()).await.unwrap().unwrap();
         assert_eq!(vault.unlocks.count(), (1, true));
         drop(turn);
         assert_eq!(Arc::clone(&vault).unlock(caller, password("right")).await, Ok(()));
