@@ -61,6 +61,8 @@ do = { sleep_ms = 50 }
 pub struct Daemon<'a> {
     home: &'a Home,
     child: Child,
+    /// How long the log was before.
+    log_begins: usize,
 }
 
 impl Home {
@@ -139,6 +141,8 @@ impl Home {
     pub fn start(&self) -> Daemon<'_> {
         let config = self.path("config.toml");
         fs::write(&config, &self.config).expect("a configuration");
+        self.forget_notifications();
+        let log_begins = self.log().len();
         let log = File::options().create(true).append(true).open(self.path("log")).expect("a log");
         let child = Command::new(&self.door[0])
             .args(&self.door[1..])
@@ -155,9 +159,16 @@ impl Home {
             .stderr(log)
             .spawn()
             .expect("the daemon starts");
-        let daemon = Daemon { home: self, child };
+        let daemon = Daemon { home: self, child, log_begins };
         while self.notification() != "READY=1" {}
         daemon
+    }
+
+    /// What an earlier daemon said, above all that it was ready, is not the next one's.
+    fn forget_notifications(&self) {
+        self.notifications.set_nonblocking(true).expect("a socket");
+        while self.notifications.recv(&mut [0; 512]).is_ok() {}
+        self.notifications.set_nonblocking(false).expect("a socket");
     }
 
     fn notification(&self) -> String {
@@ -217,10 +228,12 @@ impl Daemon<'_> {
         run(command.env("SSH_AUTH_SOCK", self.home.path("agent")).args(args))
     }
 
-    /// Waits until a line of the log contains this.
+    /// Waits until a line of the log contains this, since this daemon was started.
     #[track_caller]
     pub fn logs(&self, text: &str) {
-        super::eventually(&format!("the log says {text:?}"), || self.home.log().contains(text));
+        super::eventually(&format!("the log says {text:?}"), || {
+            self.home.log().get(self.log_begins..).is_some_and(|log| log.contains(text))
+        });
     }
 
     /// The processes that run this daemon's devices, with the devices' names. Zombies are none.
