@@ -19,6 +19,7 @@ use support::{
     agent::Agent,
     askpass::Askpass,
     bad_module::BadModule,
+    cli::{json, strongroom},
     client::{Client, FAILURE, Key, REMOVE_IDENTITY, SIGN_REQUEST, SIGN_RESPONSE, SUCCESS, lifetime, message, put},
     command,
     daemon::{Daemon, Home},
@@ -287,6 +288,30 @@ fn every_token_is_asked_once_and_those_that_share_a_serial_share_a_refusal() {
     module.mood("C_GetTokenInfo serial\n");
     assert_eq!(add(&mut daemon.connect(), &module.path(), "222222", &[]), FAILURE);
     assert_eq!(module.results("C_Login"), ["a0"; 3], "one of two tokens with one serial");
+}
+
+#[test]
+fn a_slot_that_cannot_be_read_spoils_no_other_token() {
+    let hsm = two_keys();
+    hsm.init_token("second");
+    hsm.generate("second", "EC:prime256v1", "01", "on second", &[]);
+    let module = BadModule::build();
+    let home = home(&hsm);
+    let daemon = home.start();
+    let mut scan = strongroom(&home);
+    scan.env("SOFTHSM2_CONF", hsm.conf()).args(["device", "scan", "--json"]).arg(module.path());
+    let found = json(run(&mut scan));
+    let tokens = found["modules"][0]["tokens"].as_array().unwrap();
+    let slot = tokens.iter().find(|token| token["label"] == "vault").unwrap()["slot"].as_u64().unwrap();
+    module.mood(&format!("C_GetTokenInfo fail=30 @{slot}\n"));
+    assert_eq!(add(&mut daemon.connect(), &module.path(), softhsm::PIN, &[]), SUCCESS);
+    let listed = daemon.connect().list();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(sign(&mut daemon.connect(), &listed[0].0), SIGN_RESPONSE);
+    daemon.logs(&format!("the token in slot {slot} cannot be used: C_GetTokenInfo answered CKR_DEVICE_ERROR"));
+    module.recover();
+    assert_eq!(add(&mut daemon.connect(), &module.path(), softhsm::PIN, &[]), SUCCESS);
+    assert_eq!(daemon.connect().list().len(), 3);
 }
 
 #[test]

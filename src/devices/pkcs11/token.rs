@@ -164,10 +164,21 @@ impl Question for Tokens {
     }
 }
 
-fn encode(tokens: Vec<Result<Token, BadSlot>>) -> Vec<u8> {
+fn encode(mut tokens: Vec<Result<Token, BadSlot>>) -> Vec<u8> {
     let cut = |text: &str, max: usize| text[..text.floor_char_boundary(max)].to_owned();
+    if tokens.len() > MAX_TOKENS {
+        let more = tokens.len() - MAX_TOKENS;
+        let slot_id = match &tokens[MAX_TOKENS - 1] {
+            Ok(token) => token.slot_id,
+            Err(bad) => bad.slot_id,
+        };
+        let reason =
+            format!("it and {more} more are too many to list; a device of the configuration may have any of them");
+        tokens.truncate(MAX_TOKENS - 1);
+        tokens.push(Err(BadSlot { slot_id, reason }));
+    }
     let mut out = Vec::new();
-    for token in tokens.into_iter().take(MAX_TOKENS) {
+    for token in tokens {
         out.push(token.is_ok().into());
         match token {
             Ok(mut token) => {
@@ -210,7 +221,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Vec<Result<Token, BadSlot>>, WireEr
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::panic)]
 mod tests {
     use super::*;
     use crate::devices::operation::MAX_RESULT;
@@ -240,6 +251,15 @@ mod tests {
         let bad = encode(vec![Err(BadSlot { slot_id: 1, reason: long }); MAX_TOKENS]);
         assert!(bad.len() <= MAX_RESULT, "{}", bad.len());
         assert_eq!(decode(&tokens).unwrap().len(), MAX_TOKENS);
+    }
+
+    #[test]
+    fn what_is_too_much_for_a_listing_is_said() {
+        let token = |slot_id| Ok(Token { slot_id, ..Token::default() });
+        let listed = decode(&encode((1..=100).map(token).collect())).unwrap();
+        assert_eq!((listed.len(), &listed[94]), (96, &token(95)));
+        let Err(BadSlot { slot_id: 96, reason }) = &listed[95] else { panic!("{:?}", listed[95]) };
+        assert!(reason.starts_with("it and 4 more are too many"), "{reason}");
     }
 
     #[test]
