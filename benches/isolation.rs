@@ -1,5 +1,5 @@
-//! What do bad devices cost everybody else? Signatures with a soft Ed25519 key and lists over eight connections, alone and
-//! beside three devices that 64 clients each ask without a pause: one that hangs for ever, one that takes 50 ms, one that
+//! What do bad devices cost everybody else? Signatures with a soft Ed25519 key, lists, and signatures with a P-256 key of
+//! another token, SoftHSM's, each over eight connections, alone and beside three devices that 64 clients each ask without a pause: one that hangs for ever, one that takes 50 ms, one that
 //! crashes at every third signature. Then beside a PKCS#11 module that hangs, crashes, ends its process, dawdles, fails or
 //! lies, mood by mood. And: how long until a device whose process is killed is ready again.
 //!
@@ -32,7 +32,9 @@ use support::{
 };
 
 const ROUNDS: usize = 7;
-const ROUND: Duration = Duration::from_secs(2);
+const ROUND: Duration = Duration::from_secs(3);
+/// What is measured, for an equal part of each round.
+const OPERATIONS: [&str; 3] = ["sign", "list", "token"];
 /// Connections that are measured.
 const CONNECTIONS: usize = 8;
 /// Clients of each bad device.
@@ -66,17 +68,23 @@ fn main() {
     let (hsm, module) = (SoftHsm::with_token("moody"), BadModule::build());
     hsm.generate("moody", "EC:prime256v1", "01", "moody", &[]);
     home.configure(&hsm.device_of(&module.path(), "moody", "moody", "timeout = \"1s\"\ngrace = \"100ms\""));
+    hsm.init_token("well");
+    hsm.generate("well", "EC:prime256v1", "01", "well", &[]);
+    home.configure(&hsm.device("well", "well", ""));
     let daemon = home.start();
     let soft = Key::random();
     assert_eq!(daemon.connect().request(&soft.add_message(b"soft", &[])), [6]);
+    let well = sign(&blob(&daemon, "well"));
+    assert_eq!(daemon.connect().request(&well)[0], SIGN_RESPONSE);
+    let bodies = [sign(&soft.blob()), vec![REQUEST_IDENTITIES], well];
     let keys: Vec<_> = DEVICES.iter().map(|(name, _)| blob(&daemon, name)).collect();
 
     println!("{CONNECTIONS} connections, {rounds} rounds of {} s; µs", ROUND.as_secs());
-    compare("the three", rounds, &daemon, &soft, &keys);
+    compare("the three", rounds, &daemon, &bodies, &keys);
     let moody = [blob(&daemon, "moody")];
     for mood in MOODS {
         module.mood(&format!("C_Sign {mood}\n"));
-        compare(mood, rounds, &daemon, &soft, &moody);
+        compare(mood, rounds, &daemon, &bodies, &moody);
         module.recover();
         let mut client = daemon.connect();
         let began = Instant::now();
@@ -89,18 +97,18 @@ fn main() {
     println!("killed in the middle of 100 requests and ready again, {KILLS} times in a row: {back:?}");
 }
 
-/// What signatures and lists cost alone, and beside the clients of these keys.
-fn compare(what: &str, rounds: usize, daemon: &Daemon<'_>, soft: &Key, keys: &[Vec<u8>]) {
-    let (mut alone, mut beside) = (Figures::default(), Figures::default());
+/// What these requests cost alone, and beside the clients of these keys.
+fn compare(what: &str, rounds: usize, daemon: &Daemon<'_>, bodies: &[Vec<u8>; 3], keys: &[Vec<u8>]) {
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
     let mut asked = 0;
     for _ in 0..rounds {
-        alone.add(&measure(daemon, soft));
+        alone.push(measure(daemon, bodies));
         let hammering = Hammering::start(daemon, keys);
-        beside.add(&measure(daemon, soft));
+        beside.push(measure(daemon, bodies));
         asked += hammering.stop().load(Ordering::Relaxed);
     }
-    for (operation, alone, beside) in [("sign", &alone.sign, &beside.sign), ("list", &alone.list, &beside.list)] {
-        let [p50, p99] = [0, 1].map(|n| (median(alone, n), median(beside, n)));
+    for (at, operation) in OPERATIONS.iter().enumerate() {
+        let [p50, p99] = [0, 1].map(|n| (median(&alone, at, n), median(&beside, at, n)));
         println!(
             "{what}: {operation}: p50 {} alone, {} beside; p99 {} alone, {} beside: {:+} µs ({asked} answers)",
             p50.0,
@@ -112,22 +120,11 @@ fn compare(what: &str, rounds: usize, daemon: &Daemon<'_>, soft: &Key, keys: &[V
     }
 }
 
-/// `[p50, p99]` of each round, in microseconds.
-#[derive(Default)]
-struct Figures {
-    sign: Vec<[u64; 2]>,
-    list: Vec<[u64; 2]>,
-}
+/// `[p50, p99]` of each operation in a round, in microseconds.
+type Figures = [[u64; 2]; 3];
 
-impl Figures {
-    fn add(&mut self, (sign, list): &([u64; 2], [u64; 2])) {
-        self.sign.push(*sign);
-        self.list.push(*list);
-    }
-}
-
-fn median(figures: &[[u64; 2]], which: usize) -> u64 {
-    let mut values: Vec<_> = figures.iter().map(|figure| figure[which]).collect();
+fn median(figures: &[Figures], operation: usize, which: usize) -> u64 {
+    let mut values: Vec<_> = figures.iter().map(|figure| figure[operation][which]).collect();
     values.sort_unstable();
     values[values.len() / 2]
 }
@@ -147,16 +144,16 @@ fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
     found.unwrap()
 }
 
-/// Signs for half a round and lists for the other half.
-fn measure(daemon: &Daemon<'_>, soft: &Key) -> ([u64; 2], [u64; 2]) {
-    let timed = |body: Vec<u8>| {
+/// A round.
+fn measure(daemon: &Daemon<'_>, bodies: &[Vec<u8>; 3]) -> Figures {
+    bodies.each_ref().map(|body| {
         let start = Arc::new(Barrier::new(CONNECTIONS));
         let threads: Vec<_> = (0..CONNECTIONS)
             .map(|_| {
                 let (mut client, body, start) = (daemon.connect(), body.clone(), Arc::clone(&start));
                 thread::spawn(move || {
                     start.wait();
-                    let end = Instant::now() + ROUND / 2;
+                    let end = Instant::now() + ROUND / 3;
                     let mut times = Vec::new();
                     while Instant::now() < end {
                         let asked = Instant::now();
@@ -171,8 +168,7 @@ fn measure(daemon: &Daemon<'_>, soft: &Key) -> ([u64; 2], [u64; 2]) {
         let mut times: Vec<_> = threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
         times.sort_unstable();
         [times[times.len() / 2], times[times.len() * 99 / 100]]
-    };
-    (timed(sign(&soft.blob())), timed(vec![REQUEST_IDENTITIES]))
+    })
 }
 
 /// The clients of the bad devices.

@@ -205,7 +205,7 @@ fn a_full_table_of_sessions_is_told_and_waited_for() {
 fn an_object_that_cannot_be_read_spoils_no_other_and_is_not_taken_for_gone() {
     let moody = Moody::new();
     moody.tokens.generate("moody", "EC:prime256v1", "02", "second", &[]);
-    moody.module.mood("C_GetAttributeValue fail=30 @2\n");
+    moody.module.mood("C_GetAttributeValue fail=30 @2\nC_GetAttributeValue fail=30 @258\n");
     let daemon = moody.home.start();
     let key = blob(&daemon, "moody");
     let mut client = daemon.connect_service();
@@ -223,8 +223,9 @@ fn an_object_that_cannot_be_read_spoils_no_other_and_is_not_taken_for_gone() {
     let second = blob(&daemon, "second");
     signature(&mut client, &second).unwrap();
 
-    for (id, mood) in [("03", "fail=30"), ("04", "fail=5"), ("05", "fail=82")] {
-        moody.module.mood(&format!("C_GetAttributeValue {mood} @2\n"));
+    // An EC key on SoftHSM has its public half in the public key alone.
+    for (id, mood) in [("03", "fail=30 @2"), ("04", "fail=5 @2"), ("05", "fail=82 @2"), ("06", "fail=5 @258")] {
+        moody.module.mood(&format!("C_GetAttributeValue {mood}\n"));
         // The token has been looked at since when this one is there.
         moody.tokens.generate("moody", "EC:prime256v1", id, mood, &[]);
         let another = blob(&daemon, mood);

@@ -135,7 +135,7 @@ fn the_last_try_is_left_to_a_person() {
 
     module.mood("C_GetTokenInfo final\n");
     spare();
-    assert!(cli(&home, "status").contains("needed (1 left)"));
+    eventually("it is told", || cli(&home, "status").contains("needed (1 left)"));
     let provider = module.path().display().to_string();
     let add = message(ADD_SMARTCARD, &[provider.as_bytes(), PIN.as_bytes()]);
     assert_eq!(daemon.connect().request(&add), [FAILURE]);
@@ -155,6 +155,7 @@ fn the_last_try_is_left_to_a_person() {
     assert!(is_last(&failure), "{failure:?}");
     assert_eq!(module.results("C_Login").len(), logins);
     module.recover();
+    client.ask(&unlock("hsm", PIN)).ok::<()>();
     signs(&mut client, &each).unwrap();
 }
 

@@ -44,8 +44,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const CALM: Duration = Duration::from_secs(1);
 /// How long connections may take in the end to have their answers.
 const DRAIN: Duration = Duration::from_secs(1);
-/// How long a device may take to answer to a PIN that it was sent: longer than an operation's own time usually is.
-const END_PINS: Duration = Duration::from_secs(10);
+/// How long a device may take to answer to a PIN that it was sent: longer than a login that waits for a lane usually takes, with
+/// [`devices::Settings::grace`](crate::devices::Settings::grace).
+const END_PINS: Duration = Duration::from_secs(12);
 /// How long the devices may take to be gone.
 const END_DEVICES: Duration = Duration::from_secs(3);
 /// How long the end may wait for what cannot be interrupted.

@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 
 use super::{
     CardChange, CardStatus, DeriveScheme, DeviceError, DeviceState, FoundKey, Health, NewKey, Operation, Outcome,
-    PrivateHalf, Scan, Signature, Slot, Status,
+    PrivateHalf, Scan, Signature, Slot,
     call::{Call, Engine, Reply},
     life,
     operation::MAX_INPUT,
@@ -79,7 +79,7 @@ pub struct Patience {
     pub waits_for_place: bool,
 }
 
-/// Of logins and what belongs to them: they are few, and what comes of them decides about all that waits.
+/// Of logins and logouts: they are few, and what comes of them decides about all that waits.
 const PATIENT: Patience = Patience { deadline: None, waits_for_place: true };
 
 /// What a device has done since the daemon started.
@@ -475,11 +475,14 @@ impl Device {
     pub async fn log_in(&self, pin: SecretString) -> Result<(), LoginError> {
         let begun = Arc::new(AtomicBool::new(false));
         let limit = self.0.settings.timeout;
-        let mut asked = pin!(self.enqueue(0, Call::Unlock(pin), limit, true, &begun));
-        let answer = match timeout(limit, &mut asked).await {
-            Ok(answer) => answer,
-            Err(_) if begun.load(Ordering::Relaxed) => asked.await,
-            Err(_) => Err(DeviceError::Timeout),
+        let answer = {
+            // Out of the queue before it is asked whether it has begun.
+            let mut asked = pin!(self.enqueue(0, Call::Unlock(pin), limit, true, &begun));
+            match timeout(limit, &mut asked).await {
+                Ok(answer) => answer,
+                Err(_) if begun.load(Ordering::Relaxed) => asked.await,
+                Err(_) => Err(DeviceError::Timeout),
+            }
         };
         let done = self.counted(answer);
         done.map(drop).map_err(|error| LoginError { error, sent: begun.load(Ordering::Relaxed) })
@@ -488,14 +491,6 @@ impl Device {
     /// [`Device::log_in`] for whom the reason is enough.
     pub async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
         self.log_in(pin).await.map_err(|failed| failed.error)
-    }
-
-    /// How it is, asked of the driver: what [`state`](Self::state) says may be as old as [`Settings::probe`].
-    pub async fn health(&self) -> Result<Status, DeviceError> {
-        match self.request(0, Call::Health, self.0.settings.timeout, PATIENT).await? {
-            Reply::Status(status) => Ok(status),
-            _ => Err(nonsense()),
-        }
     }
 
     /// Logs out.
@@ -526,7 +521,8 @@ impl Device {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Looks for keys, spending no PIN try, and returns what there is when the state has it, too.
+    /// Looks for keys, spending no PIN try, and returns what there is. The state has it, too, unless keys changed or somebody logged
+    /// in or out meanwhile; then the next scan tells.
     pub async fn scan(&self) -> Result<Arc<Scan>, DeviceError> {
         match self.request(0, Call::Scan, self.0.settings.open_timeout, Patience::default()).await? {
             Reply::Scan(scan) => Ok(Arc::new(scan)),

@@ -241,7 +241,8 @@ pub trait Driver: Send + Sync + Sized + 'static {
     }
 
     /// Logs in. Called once with each PIN, one call at a time. [`InUse`](DeviceError::InUse), [`Busy`](DeviceError::Busy)
-    /// and [`Unsupported`](DeviceError::Unsupported) say that the PIN was not tried: then it may be sent again.
+    /// and [`Unsupported`](DeviceError::Unsupported) say that the PIN was not tried: then it may be sent again. So does
+    /// [`PinRequired`](DeviceError::PinRequired), when the last try is left and no [`Status`] has told so yet.
     fn unlock(&self, pin: SecretString) -> impl Future<Output = Result<(), DeviceError>> + Send {
         drop(pin);
         async { Err(DeviceError::unsupported("this kind of device has no PIN")) }
@@ -252,7 +253,8 @@ pub trait Driver: Send + Sync + Sized + 'static {
         async { Ok(()) }
     }
 
-    /// How the device is, without using a key and without spending a PIN try. Called when it has been idle for a while.
+    /// How the device is, without using a key and without spending a PIN try. Called when it has been idle for a while, and
+    /// after a login that failed.
     fn health(&self) -> impl Future<Output = Result<Status, DeviceError>> + Send;
 }
 

@@ -281,6 +281,8 @@ struct Lanes<'a, S> {
     probe_at: Instant,
     /// Whether keys may have changed.
     rescan: bool,
+    /// When it was looked for keys last.
+    scanned: Instant,
     /// Whether we have changed some: what is published follows the change, and a scan comes when the device is idle, so
     /// that a key can be made, used and deleted without one in between.
     changed: bool,
@@ -293,7 +295,8 @@ struct Active {
     /// From then on it is stalled.
     limit: Instant,
     stalled: bool,
-    /// Whether keys have changed since it began: a scan may tell of what was there before.
+    /// Whether keys have changed since it began, or somebody has logged in or out: a scan may tell of what was there before, and
+    /// of both.
     outdated: bool,
 }
 
@@ -387,6 +390,7 @@ impl<'a, S: Session> Lanes<'a, S> {
             drain_until: None,
             probe_at: Instant::now() + shared.settings.probe,
             rescan: false,
+            scanned: Instant::now(),
             changed: false,
         }
     }
@@ -441,7 +445,7 @@ impl<'a, S: Session> Lanes<'a, S> {
             let may_look = !underway(Kind::Change) && !underway(Kind::Login);
             let may_change = !underway(Kind::Look) && !self.rescan;
             if self.rescan && may_look {
-                (self.rescan, self.changed) = (false, false);
+                (self.rescan, self.changed, self.scanned) = (false, false, Instant::now());
                 self.start(Call::Scan, Task::Probe, self.shared.settings.open_timeout);
             } else if let Some(job) = self.shared.next_job(|call| match Kind::of(call) {
                 Kind::Look => may_look,
@@ -664,9 +668,12 @@ impl<'a, S: Session> Lanes<'a, S> {
             (Err(DeviceError::PinRequired), _) => status(&|status| status.locked = true),
             (Err(DeviceError::PinWrong { left }), _) => status(&|status| status.tries_left = *left),
             (Err(DeviceError::PinBlocked), _) => status(&|status| status.tries_left = Some(0)),
-            (Err(DeviceError::NoSuchKey), _) => self.rescan = true,
+            // Not for each request, where the scan shows the key all the same.
+            (Err(DeviceError::NoSuchKey), _) if self.scanned.elapsed() >= self.shared.settings.probe => {
+                self.rescan = true;
+            }
+            (Err(DeviceError::NoSuchKey), _) => self.changed = true,
             (Ok(Reply::Scan(scan)), _) => self.found(scan.clone()),
-            (Ok(Reply::Status(status)), _) => self.looked_at(status.clone()),
             _ => {}
         }
     }
@@ -703,16 +710,16 @@ impl<'a, S: Session> Lanes<'a, S> {
     fn probed(&mut self, result: Result<Reply, DeviceError>) {
         match result {
             Ok(Reply::Scan(scan)) => self.found(scan),
-            Ok(Reply::Status(status)) => self.looked_at(status),
+            Ok(Reply::Status(status)) => {
+                // The new generation is known when a scan has found what is in it.
+                let known = self.shared.state.borrow().status.as_ref().map(|known| known.generation);
+                self.rescan |= known != Some(status.generation);
+                let generation = known.unwrap_or(status.generation);
+                publish(self.shared, |state| state.status = Some(Status { generation, ..status }));
+            }
             Ok(_) => debug!(device = self.shared.name, "a probe was answered with nonsense"),
             Err(error) => debug!(device = self.shared.name, "a probe failed: {error}"),
         }
-    }
-
-    fn looked_at(&mut self, status: Status) {
-        let known = self.shared.state.borrow().status.as_ref().map(|known| known.generation);
-        self.rescan |= known != Some(status.generation);
-        publish(self.shared, |state| state.status = Some(status));
     }
 
     /// Answers for the calls that the driver takes with it.

@@ -70,7 +70,11 @@ impl Vault {
         work: impl Future<Output = Result<T, Refusal>>,
     ) -> Result<T, Refusal> {
         let serial = present(device).await?.serial;
-        let attempt = match self.store.begin(&marks_of(&serial, pin), secret, true).await {
+        let turn = self.pin_turn(device, &marks_of(&serial, pin)).await?;
+        if present(device).await?.serial != serial {
+            return Err(DeviceError::Absent.into());
+        }
+        let attempt = match turn.begin(secret, true).await {
             Ok(attempt) => attempt,
             Err(MarkError::Refused) => return Err(Refusal::PinRefusedBefore(device.name().to_owned())),
             Err(error) => return Err(Refusal::NoPin(error.to_string())),

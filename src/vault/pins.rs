@@ -26,7 +26,7 @@ use super::{
     key::Caller,
     policy::{self, Refusal},
     secret_file,
-    store::MarkError,
+    store::{MarkError, PinTurn},
 };
 use crate::{
     devices::{CardPin, Device, DeviceError, DeviceState, Health, Slot, Status, device::LoginError},
@@ -129,11 +129,14 @@ impl Entry {
 /// Those who wait are told in the order of their waiting, so that simulations replay.
 type Outcome = broadcast::Sender<Result<(), Refusal>>;
 
-/// A PIN to try, for the token with this serial, and whether a person has just typed it.
+/// A PIN to try, for the token with this serial.
 struct Candidate {
     pin: SecretString,
     serial: String,
+    /// Whether a person has just typed it…
     typed: bool,
+    /// …and what tries were left then, as far as was known.
+    told: Option<u8>,
 }
 
 impl Pins {
@@ -329,14 +332,27 @@ impl Vault {
     pub(super) async fn accepted_pin_refused(&self, device: &Device) {
         let Some((serial, pin)) = self.pins.with(device, |entry| entry.accepted.take()) else { return };
         warn!(device = device.name(), "it does not take its PIN any more");
-        let marked = match self.store.begin(&serial, &pin, true).await {
-            Ok(attempt) => attempt.refused().await.map_err(|error| error.to_string()),
-            // It is marked already.
-            Err(MarkError::Refused | MarkError::Pending) => Ok(()),
-            Err(error) => Err(error.to_string()),
+        let (store, name) = (self.store.clone(), device.name().to_owned());
+        let mark = async move {
+            let marked = match store.begin(&serial, &pin, true).await {
+                Ok(attempt) => attempt.refused().await.map_err(|error| error.to_string()),
+                // It is marked already.
+                Err(MarkError::Refused | MarkError::Pending) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(error) = marked {
+                warn!(device = name, "that could not be written down: {error}");
+            }
         };
-        if let Err(error) = marked {
-            warn!(device = device.name(), "that could not be written down: {error}");
+        // A task of its own: whose request it was may hang up.
+        let _ = tokio::spawn(mark).await;
+    }
+
+    /// Waits until no other PIN is on its way to the token with this serial: for as long as an operation of this device may take.
+    pub(super) async fn pin_turn(&self, device: &Device, serial: &str) -> Result<PinTurn, Refusal> {
+        match timeout(device.settings().timeout, self.store.turn(serial)).await {
+            Ok(turn) => turn.map_err(|error| Refusal::NoPin(error.to_string())),
+            Err(_) => Err(DeviceError::Busy.into()),
         }
     }
 
@@ -386,7 +402,7 @@ impl Vault {
         // A lock that came before this login was waited for.
         self.check_open()?;
         let status = present(device).await?;
-        let candidate = |pin, typed| Candidate { pin, serial: status.serial.clone(), typed };
+        let candidate = |pin, typed| Candidate { pin, serial: status.serial.clone(), typed, told: status.tries_left };
         if status.tries_left == Some(0) {
             return Err(DeviceError::PinBlocked.into());
         }
@@ -424,29 +440,29 @@ impl Vault {
 
     /// Sends a PIN, once. Unless the device says that it is right, it is never sent again by itself.
     async fn send_pin(self: &Arc<Self>, device: &Device, candidate: Candidate) -> Result<(), Refusal> {
-        let Candidate { pin, serial, typed } = candidate;
-        let turn = self.store.turn(&serial).await.map_err(|error| Refusal::NoPin(error.to_string()))?;
-        // Meanwhile another token may have been put in, and another device, or another program, have spent tries of this one.
-        let mut status = present(device).await?;
-        if !typed {
-            status = device.health().await?;
-        }
+        let Candidate { pin, serial, typed, told } = candidate;
+        let mut locked = pin!(self.locks.notified());
+        let turn = self.pin_turn(device, &serial).await?;
+        // Meanwhile another token may have been put in, and another device have spent tries of this one.
+        let status = present(device).await?;
         if status.serial != serial {
             return Err(DeviceError::Absent.into());
         }
+        let last_try = || Refusal::LastTry(device.name().to_owned());
         match status.tries_left {
             Some(0) => return Err(DeviceError::PinBlocked.into()),
-            Some(1) if !typed => return Err(Refusal::LastTry(device.name().to_owned())),
+            Some(1) if !typed || told != Some(1) => return Err(last_try()),
             _ => {}
         }
-        self.check_open()?;
+        if locked.as_mut().enable() {
+            return Err(self.check_open().err().unwrap_or(Refusal::Locked));
+        }
         let attempt = match turn.begin(&pin, typed).await {
             Ok(attempt) => attempt,
             Err(MarkError::Refused) => return Err(Refusal::PinRefusedBefore(device.name().to_owned())),
             Err(MarkError::Pending) => return Err(Refusal::PinUncertain(device.name().to_owned())),
             Err(error) => return Err(Refusal::NoPin(error.to_string())),
         };
-        let mut locked = pin!(self.locks.notified());
         let result = device
             .log_in(pin.clone())
             .await
@@ -480,7 +496,7 @@ impl Vault {
                 if let Err(error) = attempt.withdrawn().await {
                     warn!(device = device.name(), "the PIN stays marked as uncertain: {error}");
                 }
-                Err(error.into())
+                Err(if error == DeviceError::PinRequired { last_try() } else { error.into() })
             }
             Err(LoginError { error, sent: true }) => {
                 warn!(device = device.name(), "the login failed: {error}");
@@ -499,7 +515,7 @@ impl Vault {
 
 /// Whether a driver that answers a login so has not tried the PIN.
 fn was_not_tried(error: &DeviceError) -> bool {
-    matches!(error, DeviceError::InUse | DeviceError::Busy | DeviceError::Unsupported(_))
+    matches!(error, DeviceError::InUse | DeviceError::Busy | DeviceError::Unsupported(_) | DeviceError::PinRequired)
 }
 
 /// How the token is that a PIN would go to. A device that is being opened may hold another one than before: PINs belong to
@@ -537,7 +553,7 @@ async fn read_pin(path: &Path) -> Result<SecretString, String> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use secrecy::ExposeSecret;
-    use tokio::sync::Notify;
+    use tokio::{sync::Notify, task::JoinHandle};
     use zeroize::Zeroizing;
 
     use super::*;
@@ -549,6 +565,8 @@ mod tests {
 
     /// At this PIN the token belongs to another program.
     const IN_USE: &str = "in use";
+    /// At this one a single try is left, which nobody was told.
+    const LAST: &str = "last";
 
     /// A token that takes every PIN when it is told to.
     struct Token(Arc<Gate>);
@@ -584,6 +602,9 @@ mod tests {
             if pin.expose_secret() == IN_USE {
                 return Err(DeviceError::InUse);
             }
+            if pin.expose_secret() == LAST {
+                return Err(DeviceError::PinRequired);
+            }
             self.0.asked.notify_one();
             self.0.answer.notified().await;
             Ok(())
@@ -613,10 +634,14 @@ mod tests {
     }
 
     fn token(vault: &Arc<Vault>, settings: Settings) -> (Device, Arc<Gate>) {
+        device_with_token(vault, "token", settings)
+    }
+
+    fn device_with_token(vault: &Arc<Vault>, name: &str, settings: Settings) -> (Device, Arc<Gate>) {
         let gate = Arc::new(Gate::default());
         let config = Arc::clone(&gate);
         let engine = InProcess::<Token>::new(move || Arc::clone(&config));
-        let device = Device::start("token", Token::KIND, settings, engine);
+        let device = Device::start(name, Token::KIND, settings, engine);
         vault.add_device(device.clone(), Terms::default(), &[]).unwrap();
         (device, gate)
     }
@@ -669,6 +694,64 @@ mod tests {
         let refused = vault.unlock_device(&device, &Arc::new(Caller::default()), IN_USE.into()).await;
         assert_eq!(refused, Err(DeviceError::InUse.into()));
         assert!(vault.store.begin("T", &IN_USE.into(), false).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_last_try_that_was_spared_is_not_uncertain() {
+        let vault = vault();
+        let (device, _) = token(&vault, Settings::default());
+        let refused = vault.unlock_device(&device, &Arc::new(Caller::default()), LAST.into()).await;
+        assert_eq!(refused, Err(Refusal::LastTry("token".into())));
+        assert!(vault.store.begin("T", &LAST.into(), false).await.is_ok());
+    }
+
+    /// Two devices that have one token, the first of which has been sent a PIN; and a login to the second, which waits for what
+    /// becomes of that.
+    async fn one_after_the_other(vault: &Arc<Vault>) -> (Arc<Gate>, Arc<Gate>, JoinHandle<Result<(), Refusal>>) {
+        let (first, one) = device_with_token(vault, "first", Settings::default());
+        let (second, other) = device_with_token(vault, "second", Settings::default());
+        let unlock = |device: &Device| {
+            let (vault, device) = (Arc::clone(vault), device.clone());
+            tokio::spawn(async move { vault.unlock_device(&device, &Arc::new(Caller::default()), "1234".into()).await })
+        };
+        unlock(&first);
+        one.asked.notified().await;
+        let waits = unlock(&second);
+        present(&second).await.unwrap();
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!waits.is_finished());
+        (one, other, waits)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn devices_with_one_token_are_logged_in_to_one_after_the_other() {
+        let vault = vault();
+        let (one, other, waits) = one_after_the_other(&vault).await;
+        assert!(timeout(Duration::from_secs(1), other.asked.notified()).await.is_err());
+        one.answer.notify_one();
+        other.asked.notified().await;
+        other.answer.notify_one();
+        assert_eq!(waits.await.unwrap(), Ok(()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_login_that_does_not_end_has_the_next_one_told_that_the_token_is_busy() {
+        let vault = vault();
+        let (_one, _, waits) = one_after_the_other(&vault).await;
+        assert_eq!(waits.await.unwrap(), Err(DeviceError::Busy.into()));
+    }
+
+    #[tokio::test]
+    async fn a_pin_that_waited_during_a_lock_is_not_sent() {
+        let vault = vault();
+        let (one, _, waits) = one_after_the_other(&vault).await;
+        let (caller, password) = (Arc::new(Caller::default()), || Zeroizing::new(b"password".to_vec()));
+        Arc::clone(&vault).lock(Arc::clone(&caller), password()).await.unwrap();
+        Arc::clone(&vault).unlock(caller, password()).await.unwrap();
+        one.answer.notify_one();
+        assert_eq!(waits.await.unwrap(), Err(Refusal::Locked));
     }
 
     #[tokio::test]

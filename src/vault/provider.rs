@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     devices::{
-        self, Device, DeviceError, Driver, FoundKey, Health, Scan, Status,
+        self, Device, DeviceError, Driver, FoundKey, Health, Scan,
         host::{Host, HostEngine, HostSettings},
         pkcs11::{self, Module, Pkcs11, Token, TokenUri},
     },
@@ -227,7 +227,7 @@ impl Vault {
         if wanted.is_conditional() {
             return Err(Refusal::Constraint("lifetime, confirm, destination or certificate"));
         }
-        self.unlock_device(card, caller, wanted.pin).await
+        self.log_in_once(caller, &wanted, card, &mut None).await
     }
 
     async fn load(
@@ -443,10 +443,10 @@ impl Vault {
         refused: &mut Option<Refusal>,
     ) -> Result<(), Refusal> {
         // Nobody has been told that it is the last.
-        let result = match device.health().await {
-            Ok(Status { tries_left: Some(1), .. }) => Err(Refusal::LastTry(device.name().to_owned())),
-            Ok(_) => self.unlock_device(device, caller, wanted.pin.clone()).await,
-            Err(error) => Err(error.into()),
+        let last = device.state().status.as_ref().is_some_and(|status| status.tries_left == Some(1));
+        let result = match last {
+            true => Err(Refusal::LastTry(device.name().to_owned())),
+            false => self.unlock_device(device, caller, wanted.pin.clone()).await,
         };
         result.inspect_err(|refusal| *refused = Some(refusal.clone()))
     }

@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 /// How long a file may take to be read; a disk that was asleep is there by then.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How many may read a file at a time. Where they do not come back, those after them need not try.
-const MAX_READERS: usize = 16;
+const MAX_READERS: usize = 64;
 /// How many files may be read at a time.
 const MAX_FILES: usize = 64;
 
@@ -71,7 +71,11 @@ fn unanswered() -> String {
 /// Reads in a thread of its own: those of a runtime are for others, too, and would be lost.
 fn begin(path: &Path, longest: usize, done: impl FnOnce(Contents) + Send + 'static) -> Result<(), String> {
     let reader = Reader::new(path)?;
-    let read = move || done(reader.read(longest));
+    let read = move || {
+        let contents = reader.read(longest);
+        drop(reader);
+        done(contents);
+    };
     thread::Builder::new().name("secret-file".to_owned()).spawn(read).map(drop).map_err(|error| error.to_string())
 }
 

@@ -30,8 +30,8 @@ use crate::{
 /// How long a use may take when nobody has to be asked. A device's own time is shorter.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// A refusal by a device that cannot work comes no sooner than this after the request: a client that asks again and again
-/// without a pause would otherwise take the processor from everybody else.
+/// A refusal by a device that cannot work comes no sooner than this after the request, and up to as much later: a client that asks
+/// again and again without a pause would otherwise take the processor from everybody else.
 const PACE: Duration = Duration::from_millis(100);
 
 /// What a request becomes: most are answered where they were read, the others by a future. Dropping the future cancels.
@@ -97,6 +97,15 @@ impl Asked<'_> {
             Self::Operation(operation) => Grants::for_operation(operation),
         }
     }
+}
+
+/// How much later than [`PACE`] a connection is refused: each after another time, so that those who are refused together do not all
+/// come back together.
+fn delay(connection: u64) -> Duration {
+    // The fractions of multiples of the golden ratio lie far apart, however many there are.
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+    let fraction = connection.wrapping_mul(GOLDEN) >> 32;
+    PACE.mul_f64(fraction as f64 / f64::from(u32::MAX))
 }
 
 fn ssh_scheme(key_type: KeyType, rsa_hash: Hash) -> Scheme {
@@ -247,7 +256,7 @@ impl Vault {
         errand: &Errand,
         note: &mut Note,
     ) -> Result<Outcome, Refusal> {
-        let soonest = errand.deadline.min(Instant::now() + PACE);
+        let soonest = errand.deadline.min(Instant::now() + PACE + delay(errand.caller.connection));
         let result = timeout_at(errand.deadline, self.use_as_agreed(identity, errand, note)).await;
         let result = result.unwrap_or(Err(Refusal::Timeout));
         if let Err(Refusal::Device(error)) = &result
@@ -517,6 +526,15 @@ mod tests {
         public_key::PublicKey,
         vault::{Parts, registry::Terms, store::Store},
     };
+
+    #[test]
+    fn those_who_are_refused_together_do_not_come_back_together() {
+        let mut delays: Vec<_> = (1000..1064).map(delay).collect();
+        delays.sort_unstable();
+        assert!(delays.last().unwrap() <= &PACE);
+        let widest = delays.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
+        assert!(widest < PACE / 32, "{widest:?}");
+    }
 
     #[tokio::test]
     async fn a_key_that_is_not_for_ssh_signs_for_ssh_only_where_it_grants_signatures() {

@@ -7,7 +7,7 @@
  *
  * The file of moods is read at each call, so that it works where the environment is cleared, and can be changed while the
  * module is loaded. A line is `FUNCTION MOOD`, or `FUNCTION MOOD @N` for calls whose first argument (a slot, a session) is
- * N only, and of C_GetAttributeValue for objects whose CKA_ID is the byte N:
+ * N only; of C_GetAttributeValue for private keys whose CKA_ID is the byte N, or 256 + N for their public keys:
  *
  *   hang        never returns                       crash     a segmentation fault
  *   exit        ends the process                    slow=MS   sleeps first
@@ -94,14 +94,19 @@ static word after(const char *function, word rv)
 	return rv;
 }
 
-/* The CKA_ID of an object where that is one byte, or else 0. */
+/* The CKA_ID of a key where that is one byte, and 256 more for a public key; or else 0. */
 static word id_of(word session, word object)
 {
 	unsigned char id[64];
-	struct { word type; void *value; word length; } attribute = { 0x102, id, sizeof id };
+	word class = 0;
+	struct { word type; void *value; word length; } attributes[] = {
+		{ 0x102 /* CKA_ID */, id, sizeof id }, { 0x0 /* CKA_CLASS */, &class, sizeof class },
+	};
 	word (*get)(word, word, void *, word) = (word(*)(word, word, void *, word))real.function[GET_ATTRIBUTE_VALUE];
 
-	return get(session, object, &attribute, 1) == 0 && attribute.length == 1 ? id[0] : 0;
+	if (get(session, object, attributes, 2) || attributes[0].length != 1 || class < 2 || class > 3)
+		return 0;
+	return id[0] + (class == 2 /* CKO_PUBLIC_KEY */ ? 256 : 0);
 }
 
 /* Changes what C_GetTokenInfo says. */

@@ -4,7 +4,10 @@
 use std::{
     collections::hash_map::DefaultHasher,
     hash::{Hash as _, Hasher},
-    sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
+    sync::{
+        Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use cryptoki::{
@@ -52,6 +55,8 @@ pub struct Pkcs11 {
     /// until it is loaded again, that it is gone. Scans and writes do not overlap anyway.
     pub(super) objects: RwLock<()>,
     unread: Mutex<Unread>,
+    /// Whether the last status said that one try is left: nobody is to spend it who could not know.
+    last_try_told: AtomicBool,
     pub(super) pkcs1_decrypt: bool,
     /// Whether the token takes OAEP with SHA-256, once that was tried.
     pub(super) oaep_sha256: OnceLock<bool>,
@@ -90,6 +95,7 @@ impl Driver for Pkcs11 {
             pin: Mutex::default(),
             objects: RwLock::default(),
             unread: Mutex::default(),
+            last_try_told: AtomicBool::new(false),
             pkcs1_decrypt: config.pkcs1_decrypt,
             oaep_sha256: OnceLock::new(),
             single_part: OnceLock::new(),
@@ -105,13 +111,13 @@ impl Driver for Pkcs11 {
         // What was remembered before may have changed since.
         self.pool.forget_handles();
         self.pool.with(|lane| {
-            let status = self.status(&lane.session, &token)?;
-            let object::Found { keys, notes, unread } = object::keys(&lane.session, status.locked)?;
+            let status = self.told(self.status(&lane.session, &token)?);
+            let object::Found { keys, notes, unread, is_complete } = object::keys(&lane.session, status.locked)?;
             self.unread().scanned(unread);
             self.try_oaep(lane, &keys, status.locked);
             Ok(Scan {
                 keys: keys.iter().filter_map(|key| self.found(key)).take(MAX_KEYS).collect(),
-                complete: !status.locked && unread == 0,
+                complete: !status.locked && is_complete,
                 status,
                 notes: self.notes(&token).into_iter().chain(notes).collect(),
             })
@@ -166,6 +172,9 @@ impl Driver for Pkcs11 {
             return Err(self.refused());
         }
         let token = self.token()?;
+        if token.tries_left() == Some(1) && !self.last_try_told.load(Ordering::Relaxed) {
+            return Err(DeviceError::PinRequired);
+        }
         let result = self.pool.with(|lane| self.log_in(lane, &pin, &sent, &token));
         self.pool.forget_handles();
         *sent = match &result {
@@ -191,7 +200,7 @@ impl Driver for Pkcs11 {
 
     async fn health(&self) -> Result<Status, DeviceError> {
         let token = self.token()?;
-        let mut status = self.pool.with(|lane| Ok(self.status(&lane.session, &token)?))?;
+        let mut status = self.told(self.pool.with(|lane| Ok(self.status(&lane.session, &token)?))?);
         // What could not be read is looked at again, although nothing else has changed.
         status.generation ^= u64::from(self.unread().is_due());
         Ok(status)
@@ -279,6 +288,12 @@ impl Pkcs11 {
         })
     }
 
+    /// What is told of the token.
+    fn told(&self, status: Status) -> Status {
+        self.last_try_told.store(status.tries_left == Some(1), Ordering::Relaxed);
+        status
+    }
+
     fn log_in(&self, lane: &Lane, pin: &SecretString, sent: &SentPin, token: &Token) -> Result<(), Fault> {
         // Where the token has its own keys for it, a PIN from here is not wanted (PKCS#11 3.1, 5.6.8).
         let pin = (!token.protected_path).then_some(pin);
@@ -316,14 +331,13 @@ impl Pkcs11 {
                 lane.stuck = false;
                 Ok(())
             }
-            Err(error) => {
-                let error = device_error(&error);
-                if !matches!(error, DeviceError::PinWrong { .. } | DeviceError::PinBlocked) {
-                    return Err(error.into());
+            Err(error) => match device_error(&error) {
+                DeviceError::PinWrong { .. } | DeviceError::PinBlocked => {
+                    *sent = SentPin::Refused(pin);
+                    Err(self.refused().into())
                 }
-                *sent = SentPin::Refused(pin);
-                Err(self.refused().into())
-            }
+                _ => Err(error.into()),
+            },
         }
     }
 

@@ -76,14 +76,21 @@ pub(super) struct Found {
     pub(super) keys: Vec<KeyObject>,
     /// What is left out, and why.
     pub(super) notes: Vec<String>,
-    /// How many objects could not be read. Among them may be keys that were here before.
+    /// How many objects could not be read.
     pub(super) unread: usize,
+    /// Whether no private key is among them, which may have been here before.
+    pub(super) is_complete: bool,
 }
 
 impl Found {
     fn leave_out(&mut self, left: Left) {
         self.unread += usize::from(left.is_unread);
         self.notes.push(left.why);
+    }
+
+    fn leave_private_out(&mut self, left: Left) {
+        self.is_complete &= !left.is_unread;
+        self.leave_out(left);
     }
 }
 
@@ -109,15 +116,15 @@ impl Left {
 pub(super) fn keys(session: &Session, hidden: bool) -> Result<Found, Error> {
     let companions = Companions::read(session, None)?;
     let handles = find(session, &[Attribute::Class(ObjectClass::PRIVATE_KEY)])?;
-    let mut found = Found { keys: Vec::new(), notes: Vec::new(), unread: 0 };
+    let mut found = Found { keys: Vec::new(), notes: Vec::new(), unread: 0, is_complete: true };
     if handles.len() > MAX_KEYS {
         found.notes.push(format!("the token has more than {MAX_KEYS} private keys; the others are left out"));
     }
     for handle in handles.into_iter().take(MAX_KEYS) {
         match private_key(session, handle, &companions) {
             Ok(Ok(key)) => found.keys.push(key),
-            Ok(Err(left)) => found.leave_out(left),
-            Err(error) => found.leave_out(Left::unread("a private key", error)?),
+            Ok(Err(left)) => found.leave_private_out(left),
+            Err(error) => found.leave_private_out(Left::unread("a private key", error)?),
         }
     }
     let Companions { publics, unread, .. } = companions;
@@ -212,12 +219,11 @@ fn private_key(
     let blob = match (attributes.public_key(), companion.blob) {
         (Ok(blob), _) => blob,
         (Err(_), Some(blob)) => blob.clone(),
-        // Each key has a type: of one that shows none the module has not read all (SoftHSM, while another program writes it).
         (Err(why), None) => {
-            let all_was_read = companions.unread.is_empty() && attributes.key_type().is_some();
+            let is_unread = attributes.are_blank() || !companions.unread.is_empty();
             return match attributes.unread {
                 Some(error) => Err(error),
-                None => left_out(why, !all_was_read),
+                None => left_out(why, is_unread),
             };
         }
     };
@@ -299,31 +305,42 @@ impl Companions {
             template
         };
         let (mut publics, mut unread) = (Vec::new(), Vec::new());
-        let mut read = |handle, attributes, what| match Attributes::read(session, handle, attributes) {
-            Ok(attributes) => Ok(Some(attributes)),
-            Err(error) => Left::unread(what, error).map(|left| {
-                unread.push(left);
-                None
-            }),
-        };
+        let read =
+            |handle, attributes, what, unread: &mut Vec<Left>| match Attributes::read(session, handle, attributes) {
+                Ok(attributes) => Ok(Some(attributes)),
+                Err(error) => Left::unread(what, error).map(|left| {
+                    unread.push(left);
+                    None
+                }),
+            };
         for handle in find(session, &with_id(Attribute::Class(ObjectClass::PUBLIC_KEY)))? {
-            let Some(attributes) = read(handle, &KEY_ATTRIBUTES, "a public key")? else { continue };
+            let Some(attributes) = read(handle, &KEY_ATTRIBUTES, "a public key", &mut unread)? else { continue };
+            let blob = attributes.public_key();
+            if blob.is_err() {
+                unread.extend(attributes.left("a public key"));
+            }
             publics.push(PublicObject {
                 handle,
                 id: attributes.bytes(AttributeType::Id).to_vec(),
                 label: attributes.label(),
                 key_type: attributes.key_type(),
-                blob: attributes.public_key(),
+                blob,
             });
         }
         let mut certificates = Vec::new();
         let mut template = with_id(Attribute::Class(ObjectClass::CERTIFICATE));
         template.push(Attribute::CertificateType(CertificateType::X_509));
         for handle in find(session, &template)? {
-            let Some(attributes) = read(handle, &CERTIFICATE_ATTRIBUTES, "a certificate")? else { continue };
+            let Some(attributes) = read(handle, &CERTIFICATE_ATTRIBUTES, "a certificate", &mut unread)? else {
+                continue;
+            };
+            let rest = attributes.left("a certificate");
             let certificate = public::certificate(attributes.bytes(AttributeType::Value));
             let name = certificate.as_ref().and_then(|certificate| certificate.common_name).unwrap_or_default();
             let label = attributes.label();
+            if certificate.is_none() {
+                unread.extend(rest);
+            }
             certificates.push(CertificateObject {
                 handle,
                 id: attributes.bytes(AttributeType::Id).to_vec(),
@@ -382,6 +399,22 @@ impl Attributes {
             }
         }
         Ok(Self { found, unread })
+    }
+
+    /// Whether the object says nothing of itself, as one that SoftHSM has read while another program wrote it.
+    fn are_blank(&self) -> bool {
+        let is_empty = |attribute| self.bytes(attribute).is_empty();
+        self.key_type().is_none() && is_empty(AttributeType::Id) && is_empty(AttributeType::Label)
+    }
+
+    /// That the object cannot be made sense of because something in it was not read.
+    fn left(&self, what: &str) -> Option<Left> {
+        let why = match &self.unread {
+            Some(error) => words(error),
+            None if self.are_blank() => "it has no attributes".to_owned(),
+            None => return None,
+        };
+        Some(Left { why: format!("{what} cannot be read and is left out: {why}"), is_unread: true })
     }
 
     fn bytes(&self, wanted: AttributeType) -> &[u8] {
