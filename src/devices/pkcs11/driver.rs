@@ -55,7 +55,7 @@ pub struct Pkcs11 {
     /// until it is loaded again, that it is gone. Scans and writes do not overlap anyway.
     pub(super) objects: RwLock<()>,
     unread: Mutex<Unread>,
-    /// Whether the last status said that one try is left: nobody is to spend it who could not know.
+    /// Whether it was told last that one try is left: nobody is to spend it who could not know.
     last_try_told: AtomicBool,
     pub(super) pkcs1_decrypt: bool,
     /// Whether the token takes OAEP with SHA-256, once that was tried.
@@ -345,7 +345,10 @@ impl Pkcs11 {
     fn refused(&self) -> DeviceError {
         match self.token().ok().and_then(|token| token.tries_left()) {
             Some(0) => DeviceError::PinBlocked,
-            left => DeviceError::PinWrong { left },
+            left => {
+                self.last_try_told.store(left == Some(1), Ordering::Relaxed);
+                DeviceError::PinWrong { left }
+            }
         }
     }
 
