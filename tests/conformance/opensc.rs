@@ -114,10 +114,12 @@ impl<const KEYS: usize, const SIGNING: bool> Removable for Token<KEYS, SIGNING> 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_its_tries_it_tells_the_last() {
     let subject = OthersP256::start_locked(settings()).await;
-    let wrong = async || subject.device.unlock(OthersP256::WRONG.into()).await;
-    assert_eq!(wrong().await, Err(DeviceError::PinWrong { left: None }));
-    assert_eq!(wrong().await, Err(DeviceError::PinWrong { left: Some(1) }));
-    assert_eq!(wrong().await, Err(DeviceError::PinBlocked));
+    let try_pin = async |pin: &str| subject.device.unlock(pin.into()).await;
+    assert_eq!(try_pin(OthersP256::WRONG).await, Err(DeviceError::PinWrong { left: None }));
+    // The same is not sent again.
+    assert_eq!(try_pin(OthersP256::WRONG).await, Err(DeviceError::PinWrong { left: None }));
+    assert_eq!(try_pin("111111").await, Err(DeviceError::PinWrong { left: Some(1) }));
+    assert_eq!(try_pin("222222").await, Err(DeviceError::PinBlocked));
     // It answers CKR_PIN_INCORRECT to the right one, too.
     assert_eq!(subject.device.unlock(OthersP256::PIN.into()).await, Err(DeviceError::PinBlocked));
 }
