@@ -88,7 +88,9 @@ fn main() {
         module.recover();
         let mut client = daemon.connect();
         let began = Instant::now();
-        while client.request(&sign(&moody[0]))[0] != SIGN_RESPONSE {}
+        while client.request(&sign(&moody[0]))[0] != SIGN_RESPONSE {
+            assert!(began.elapsed() < support::PATIENCE, "{mood}: it does not sign again");
+        }
         println!("{mood}: signed again after {:?}", began.elapsed());
     }
 

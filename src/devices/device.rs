@@ -79,6 +79,10 @@ pub struct Patience {
     pub waits_for_place: bool,
 }
 
+/// Whose turns logins and logouts have: nobody's call is before one, and may not begin until it has.
+const LOGINS: u64 = u64::MAX;
+const LOGOUTS: u64 = u64::MAX - 1;
+
 /// Of logins and logouts: they are few, and what comes of them decides about all that waits.
 const PATIENT: Patience = Patience { deadline: None, waits_for_place: true };
 
@@ -123,6 +127,8 @@ pub(super) struct Shared {
     jobs: AtomicU64,
     /// Calls that the driver has and has not begun.
     pub(super) ahead: AtomicUsize,
+    /// Logins that wait or are under way.
+    pub(super) logins: AtomicUsize,
     /// Calls inside the driver, and how many it makes at once; 0 while there is none.
     pub(super) active: AtomicUsize,
     pub(super) lanes: AtomicUsize,
@@ -267,6 +273,23 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// A login, until its outcome is known: no operation begins meanwhile.
+struct Login<'a>(&'a Shared);
+
+impl<'a> Login<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.logins.fetch_add(1, Ordering::Relaxed);
+        Self(shared)
+    }
+}
+
+impl Drop for Login<'_> {
+    fn drop(&mut self) {
+        self.0.logins.fetch_sub(1, Ordering::Relaxed);
+        self.0.wake.notify_one();
+    }
+}
+
 impl Device {
     /// A device that `engine` runs, and the task that keeps it running. Needs a Tokio runtime around it.
     pub fn start(name: impl Into<String>, kind: &'static str, settings: Settings, engine: impl Engine) -> Self {
@@ -280,6 +303,7 @@ impl Device {
             wake: Notify::new(),
             jobs: AtomicU64::new(0),
             ahead: AtomicUsize::new(0),
+            logins: AtomicUsize::new(0),
             active: AtomicUsize::new(0),
             lanes: AtomicUsize::new(0),
             counts: Counts::default(),
@@ -475,9 +499,10 @@ impl Device {
     pub async fn log_in(&self, pin: SecretString) -> Result<(), LoginError> {
         let begun = Arc::new(AtomicBool::new(false));
         let limit = self.0.settings.timeout;
+        let _login = Login::new(&self.0);
         let answer = {
             // Out of the queue before it is asked whether it has begun.
-            let mut asked = pin!(self.enqueue(0, Call::Unlock(pin), limit, true, &begun));
+            let mut asked = pin!(self.enqueue(LOGINS, Call::Unlock(pin), limit, true, &begun));
             match timeout(limit, &mut asked).await {
                 Ok(answer) => answer,
                 Err(_) if begun.load(Ordering::Relaxed) => asked.await,
@@ -495,7 +520,7 @@ impl Device {
 
     /// Logs out.
     pub async fn lock(&self) -> Result<(), DeviceError> {
-        self.request(0, Call::Lock, self.0.settings.timeout, PATIENT).await.map(drop)
+        self.request(LOGOUTS, Call::Lock, self.0.settings.timeout, PATIENT).await.map(drop)
     }
 
     /// Has the device looked at now, where it would have been later.

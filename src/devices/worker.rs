@@ -444,13 +444,18 @@ impl<'a, S: Session> Lanes<'a, S> {
             // Nor is it looked at while it is logged in to or out of.
             let may_look = !underway(Kind::Change) && !underway(Kind::Login);
             let may_change = !underway(Kind::Look) && !self.rescan;
+            // An operation that has the driver die would take the answer to a PIN with it: whether a try was spent.
+            let may_log_in = !underway(Kind::Operate) && self.ahead.is_empty();
+            let may_operate = self.shared.logins.load(Ordering::Relaxed) == 0;
             if self.rescan && may_look {
                 (self.rescan, self.changed, self.scanned) = (false, false, Instant::now());
                 self.start(Call::Scan, Task::Probe, self.shared.settings.open_timeout);
             } else if let Some(job) = self.shared.next_job(|call| match Kind::of(call) {
                 Kind::Look => may_look,
                 Kind::Change => may_change,
-                Kind::Operate | Kind::Login | Kind::Other => true,
+                Kind::Operate => may_operate,
+                Kind::Login => may_log_in || matches!(call, Call::Lock),
+                Kind::Other => true,
             }) {
                 let effect = Effect::of(&job.call);
                 self.start(job.call, Task::Job { reply: job.reply, effect }, job.limit);
@@ -471,6 +476,7 @@ impl<'a, S: Session> Lanes<'a, S> {
         while self.drain_until.is_none()
             && self.is_brisk()
             && !self.rescan
+            && self.shared.logins.load(Ordering::Relaxed) == 0
             && self.active.len() >= self.lanes
             && self.ahead.len() < self.session.ahead()
             && let Some(job) = self.shared.next_job_ahead(may)

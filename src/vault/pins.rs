@@ -16,7 +16,7 @@ use secrecy::SecretString;
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -35,6 +35,9 @@ use crate::{
 
 /// The longest PIN, in bytes.
 const MAX_PIN: usize = 1024;
+
+/// For how long a PIN that may not be sent is not looked for again.
+const WITHHELD: Duration = Duration::from_secs(1);
 
 /// Where a device's PIN comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -81,6 +84,8 @@ struct Entry {
     accepted: Option<(String, SecretString)>,
     /// How many were accepted so far.
     logins: u64,
+    /// When a PIN was last found to be one that may not be sent by itself, and why.
+    withheld: Option<(Instant, Refusal)>,
     /// How long one is kept; `None`: until the token goes or somebody locks it or the vault.
     lifetime: Option<Duration>,
     /// Whose turn it is to use a key that wants the PIN given for each use: what is given for one must not serve another.
@@ -120,6 +125,12 @@ impl Turn {
 }
 
 impl Entry {
+    /// Why a PIN need not be looked for now: it was a moment ago, and to find out costs the store's thread tens of milliseconds,
+    /// for which the logins of others would wait.
+    fn is_withheld(&self) -> Option<Refusal> {
+        self.withheld.as_ref().filter(|(when, _)| when.elapsed() < WITHHELD).map(|(_, refusal)| refusal.clone())
+    }
+
     fn end_login(&mut self) {
         self.login = None;
         self.login_over.notify_waiters();
@@ -229,6 +240,9 @@ impl Vault {
             };
             result = result.and(forgotten);
         }
+        for device in devices {
+            self.pins.with(device, |entry| entry.withheld = None);
+        }
         // A device that is away has nothing to forget, and one that hangs holds up no other.
         let mut locking: JoinSet<_> =
             devices.iter().cloned().map(|device| async move { device.lock().await }).collect();
@@ -295,6 +309,7 @@ impl Vault {
                 // What is given for something else is not meant for this use.
                 (Some(_), WantedPin::GivenNow) => Ok(Err(Arc::clone(&entry.login_over).notified_owned())),
                 (Some(login), WantedPin::Any) => Ok(Ok(login.subscribe())),
+                (None, WantedPin::Any) if let Some(refusal) = entry.is_withheld() => Err(refusal),
                 (None, _) => {
                     let login = Arc::new(Outcome::new(1));
                     let outcome = login.subscribe();
@@ -388,11 +403,19 @@ impl Vault {
                 return;
             }
         };
+        let by_itself = candidate.as_ref().is_ok_and(|candidate| !candidate.typed);
         let result = match (candidate, self.check_open()) {
             (Ok(candidate), Ok(())) => self.try_pin(&device, &caller, candidate).await,
             (Err(refusal), _) | (_, Err(refusal)) => Err(refusal),
         };
-        self.pins.with(&device, Entry::end_login);
+        self.pins.with(&device, |entry| {
+            let withheld = match &result {
+                Err(refusal @ (Refusal::PinRefusedBefore(_) | Refusal::PinUncertain(_))) => Some(refusal.clone()),
+                _ => None,
+            };
+            entry.withheld = withheld.filter(|_| by_itself).map(|refusal| (Instant::now(), refusal));
+            entry.end_login();
+        });
         let _ = outcome.send(result);
     }
 

@@ -127,8 +127,12 @@ impl Pool {
                 Err(Fault::Module(error)) => error,
             };
             if !repeated && session_is_dead(&error) {
+                if !matches!(error, Error::Pkcs11(RvError::OperationActive, _)) {
+                    // Somebody else closed it, and the token may be another.
+                    lane.known.clear();
+                }
                 // The dead one goes when the new one is there.
-                lane = self.lane().map_err(|error| device_error(&error))?;
+                lane = self.in_place_of(&mut lane).map_err(|error| device_error(&error))?;
             } else if !repeated && handle_is_stale(&error) {
                 lane.known.clear();
             } else {
@@ -149,6 +153,16 @@ impl Pool {
         Ok(Lane { session, known: HashMap::new(), epoch, stuck: false })
     }
 
+    /// A new session, which knows what the old one knew: handles are good in all sessions on a token (PKCS#11 3.1, 2.3), and to look
+    /// for a key takes longer than to open a session. One that is not good any more shows by that.
+    fn in_place_of(&self, old: &mut Lane) -> Result<Lane, Error> {
+        let mut lane = self.lane()?;
+        if lane.epoch == old.epoch {
+            lane.known = std::mem::take(&mut old.known);
+        }
+        Ok(lane)
+    }
+
     fn take(&self) -> Result<Lane, DeviceError> {
         let idle = self.idle().pop();
         // There are as many as lanes, unless one could not be replaced when it died.
@@ -161,10 +175,10 @@ impl Pool {
         Ok(lane)
     }
 
-    fn put(&self, lane: Lane) {
+    fn put(&self, mut lane: Lane) {
         if !lane.stuck {
             self.idle().push(lane);
-        } else if let Ok(fresh) = self.lane() {
+        } else if let Ok(fresh) = self.in_place_of(&mut lane) {
             self.idle().push(fresh);
         }
         // A stuck one that could not be replaced is closed, and the next to come opens another.

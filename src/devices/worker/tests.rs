@@ -391,7 +391,7 @@ async fn what_is_ahead_when_a_lane_stalls_is_taken_back_and_made_later() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn nothing_goes_before_a_login_whose_turn_it_is() {
+async fn a_login_has_the_driver_for_itself_and_nothing_goes_before_it() {
     let mut desk = Desk::brisk().await;
     let mut answers: Vec<_> = (0..3).map(|_| desk.ask()).collect();
     let [first, second, third] = [desk.next().await, desk.next().await, desk.next().await];
@@ -401,12 +401,34 @@ async fn nothing_goes_before_a_login_whose_turn_it_is() {
     answers.push(desk.ask());
     desk.is_quiet().await;
     first.answers();
+    second.answers();
+    // What has the driver die would take the answer to the PIN with it.
     desk.is_quiet().await;
+    third.answers();
+    let unlock = desk.next().await;
+    assert!(matches!(unlock.call, Call::Unlock(_)));
+    desk.is_quiet().await;
+    unlock.answer.send(Ok(Reply::Done)).ok().unwrap();
+    desk.next().await.answers();
+    assert_eq!(login.await.unwrap(), Ok(()));
+    assert!(join(answers).await.iter().all(Result::is_ok));
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_call_is_before_a_login_that_may_not_begin_before_it() {
+    let mut desk = Desk::new(0);
+    let mut answers = vec![desk.ask(), desk.ask()];
+    let [first, second] = [desk.next().await, desk.next().await];
+    answers.push(desk.ask_for(0));
+    desk.is_quiet().await;
+    let device = desk.device.clone();
+    let login = tokio::spawn(async move { device.unlock("1234".into()).await });
+    desk.is_quiet().await;
+    first.answers();
     second.answers();
     let unlock = desk.next().await;
     assert!(matches!(unlock.call, Call::Unlock(_)));
     unlock.answer.send(Ok(Reply::Done)).ok().unwrap();
-    third.answers();
     desk.next().await.answers();
     assert_eq!(login.await.unwrap(), Ok(()));
     assert!(join(answers).await.iter().all(Result::is_ok));
