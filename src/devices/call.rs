@@ -17,7 +17,7 @@ pub enum Call {
     /// [`Driver::health`]
     Health,
     /// [`Driver::unlock`]
-    Unlock(SecretString),
+    Unlock(SecretString, bool),
     /// [`Driver::lock`]
     Lock,
     /// [`Driver::random`], so many bytes.
@@ -43,7 +43,7 @@ impl fmt::Debug for Call {
         f.write_str(match self {
             Self::Scan => "scan",
             Self::Health => "health",
-            Self::Unlock(_) => "unlock",
+            Self::Unlock(..) => "unlock",
             Self::Lock => "lock",
             Self::Random(_) => "random",
             Self::Operate(_, operation) => operation.name(),
@@ -80,7 +80,7 @@ pub async fn perform<D: Driver>(driver: &D, call: Call) -> Result<Reply, DeviceE
     match call {
         Call::Scan => driver.scan().await.map(Reply::Scan),
         Call::Health => driver.health().await.map(Reply::Status),
-        Call::Unlock(pin) => driver.unlock(pin).await.map(|()| Reply::Done),
+        Call::Unlock(pin, even_last) => driver.unlock(pin, even_last).await.map(|()| Reply::Done),
         Call::Lock => driver.lock().await.map(|()| Reply::Done),
         Call::Random(len) => driver.random(len).await.map(Reply::Bytes),
         Call::Operate(slot, operation) => {

@@ -496,13 +496,15 @@ impl Device {
     ///
     /// A lane is waited for as long as an operation may take. What becomes of a PIN that was sent is waited for until the
     /// driver says it or is ended, which is as long again and [`Settings::grace`]: a refusal must not go unheard.
-    pub async fn log_in(&self, pin: SecretString) -> Result<(), LoginError> {
+    ///
+    /// With `even_last` also when one try is left: whoever gave the PIN knew.
+    pub async fn log_in(&self, pin: SecretString, even_last: bool) -> Result<(), LoginError> {
         let begun = Arc::new(AtomicBool::new(false));
         let limit = self.0.settings.timeout;
         let _login = Login::new(&self.0);
         let answer = {
             // Out of the queue before it is asked whether it has begun.
-            let mut asked = pin!(self.enqueue(LOGINS, Call::Unlock(pin), limit, true, &begun));
+            let mut asked = pin!(self.enqueue(LOGINS, Call::Unlock(pin, even_last), limit, true, &begun));
             match timeout(limit, &mut asked).await {
                 Ok(answer) => answer,
                 Err(_) if begun.load(Ordering::Relaxed) => asked.await,
@@ -513,9 +515,9 @@ impl Device {
         done.map(drop).map_err(|error| LoginError { error, sent: begun.load(Ordering::Relaxed) })
     }
 
-    /// [`Device::log_in`] for whom the reason is enough.
+    /// [`Device::log_in`], even with the last try, for whom the reason is enough.
     pub async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
-        self.log_in(pin).await.map_err(|failed| failed.error)
+        self.log_in(pin, true).await.map_err(|failed| failed.error)
     }
 
     /// Logs out.

@@ -126,6 +126,11 @@ impl DeviceError {
         Self::Unsupported(Cow::Borrowed(why))
     }
 
+    /// Whether a driver that answers a login so has not tried the PIN.
+    pub fn is_of_no_login(&self) -> bool {
+        matches!(self, Self::InUse | Self::Busy | Self::Unsupported(_) | Self::PinRequired)
+    }
+
     /// Whether another device with the same key may be asked in place of this one: never after a person or a PIN
     /// decided, nor when the outcome would be the same.
     pub fn lets_another_try(&self) -> bool {
@@ -242,9 +247,9 @@ pub trait Driver: Send + Sync + Sized + 'static {
 
     /// Logs in. Called once with each PIN, one call at a time. [`InUse`](DeviceError::InUse), [`Busy`](DeviceError::Busy)
     /// and [`Unsupported`](DeviceError::Unsupported) say that the PIN was not tried: then it may be sent again. So does
-    /// [`PinRequired`](DeviceError::PinRequired), when the last try is left and no [`Status`] has told so yet.
-    fn unlock(&self, pin: SecretString) -> impl Future<Output = Result<(), DeviceError>> + Send {
-        drop(pin);
+    /// [`PinRequired`](DeviceError::PinRequired), when one try is left and not `even_last`: whoever gave the PIN did not know.
+    fn unlock(&self, pin: SecretString, even_last: bool) -> impl Future<Output = Result<(), DeviceError>> + Send {
+        let _ = (pin, even_last);
         async { Err(DeviceError::unsupported("this kind of device has no PIN")) }
     }
 

@@ -137,7 +137,7 @@ impl Driver for Scripted {
         self.change(CallName::Delete, slot, |slot| format!("delete\t{slot}")).await
     }
 
-    async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
+    async fn unlock(&self, pin: SecretString, _: bool) -> Result<(), DeviceError> {
         let after = before(&self.control, CallName::Unlock, None).await?;
         let result = self.log_in(pin.expose_secret());
         sleep(after.late).await;

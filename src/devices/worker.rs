@@ -342,7 +342,7 @@ impl Kind {
                 Self::Change
             }
             Call::Operate(..) => Self::Operate,
-            Call::Unlock(_) | Call::Lock => Self::Login,
+            Call::Unlock(..) | Call::Lock => Self::Login,
             Call::Random(_) => Self::Other,
         }
     }
@@ -364,7 +364,7 @@ enum Effect {
 impl Effect {
     fn of(call: &Call) -> Self {
         match call {
-            Call::Unlock(_) => Self::LogsIn,
+            Call::Unlock(..) => Self::LogsIn,
             Call::Lock => Self::LogsOut,
             Call::Generate(_) | Call::Import(..) => Self::Makes,
             Call::Rename(slot, label) => Self::Renames(slot.clone(), label.clone()),
@@ -500,10 +500,6 @@ impl<'a, S: Session> Lanes<'a, S> {
     }
 
     fn begun(&mut self, id: u64, kind: Kind, task: Task, limit: Duration) {
-        if kind == Kind::Login {
-            // Neither waits for a look. What that finds is of before or after, and nobody knows which.
-            self.outdate();
-        }
         let since = Instant::now();
         let active = Active { task, kind, since, limit: since + limit, stalled: false, outdated: false };
         self.active.insert(id, active);
@@ -565,7 +561,12 @@ impl<'a, S: Session> Lanes<'a, S> {
             _ => None,
         };
         // What it saw may be gone; the next one tells.
-        let outdated = active.outdated && matches!(result, Ok(Reply::Scan(_) | Reply::Status(_)));
+        // Nor does a login wait for a look: what that finds is of before or after, and nobody knows which.
+        let amid_login = self.active.values().any(|active| active.kind == Kind::Login);
+        if active.kind == Kind::Login && !result.as_ref().is_err_and(DeviceError::is_of_no_login) {
+            self.outdate();
+        }
+        let outdated = (active.outdated || amid_login) && matches!(result, Ok(Reply::Scan(_) | Reply::Status(_)));
         self.rescan |= outdated;
         match active.task {
             Task::Job { reply, effect } => {

@@ -58,8 +58,8 @@ pub(super) enum WantedPin {
     Any,
     /// What its source gives now: a person, where there is no other, is asked for each use.
     GivenNow,
-    /// This one, which a person has just given.
-    This(SecretString),
+    /// This one, which a person has just given; and whether they can have known what tries are left.
+    This(SecretString, bool),
 }
 
 impl WantedPin {
@@ -84,6 +84,8 @@ struct Entry {
     accepted: Option<(String, SecretString)>,
     /// How many were accepted so far.
     logins: u64,
+    /// How often it was locked, or its PIN forgotten, for somebody who wanted that.
+    locks: u64,
     /// When a PIN was last found to be one that may not be sent by itself, and why.
     withheld: Option<(Instant, Refusal)>,
     /// How long one is kept; `None`: until the token goes or somebody locks it or the vault.
@@ -129,6 +131,12 @@ impl Entry {
     /// for which the logins of others would wait.
     fn is_withheld(&self) -> Option<Refusal> {
         self.withheld.as_ref().filter(|(when, _)| when.elapsed() < WITHHELD).map(|(_, refusal)| refusal.clone())
+    }
+
+    /// Wipes the PIN. One that is on its way is not kept either.
+    fn lock(&mut self) {
+        self.accepted = None;
+        self.locks += 1;
     }
 
     fn end_login(&mut self) {
@@ -216,7 +224,7 @@ impl Vault {
 
     /// Wipes the PIN of a device and has it ask for it again.
     pub async fn lock_device(&self, device: &Device) -> Result<(), Refusal> {
-        self.pins.with(device, |entry| entry.accepted = None);
+        self.pins.with(device, Entry::lock);
         Ok(device.lock().await?)
     }
 
@@ -224,7 +232,7 @@ impl Vault {
     /// [`Absent`](DeviceError::Absent) for one that has never said which token it has: its marks are not known by its name.
     pub async fn forget_pins_of(&self, devices: &[Device]) -> Result<(), Refusal> {
         for device in devices {
-            self.pins.with(device, |entry| entry.accepted = None);
+            self.pins.with(device, Entry::lock);
         }
         let mut result = Ok(());
         for device in devices {
@@ -289,8 +297,19 @@ impl Vault {
         caller: &Arc<Caller>,
         pin: SecretString,
     ) -> Result<(), Refusal> {
+        self.unlock_knowing(device, caller, pin, true).await
+    }
+
+    /// The same of somebody who knows, or does not know, what tries are left.
+    pub(super) async fn unlock_knowing(
+        self: &Arc<Self>,
+        device: &Device,
+        caller: &Arc<Caller>,
+        pin: SecretString,
+        knows: bool,
+    ) -> Result<(), Refusal> {
         self.check_open()?;
-        self.join_login(device, caller, WantedPin::This(pin)).await?;
+        self.join_login(device, caller, WantedPin::This(pin, knows)).await?;
         // It is meant for whatever comes.
         self.pins.note_leftover(device, false);
         Ok(())
@@ -305,7 +324,7 @@ impl Vault {
         loop {
             let joined = self.pins.with(device, |entry| match (&entry.login, &wanted) {
                 // Its PIN may be another one than the one that is being tried.
-                (Some(_), WantedPin::This(_)) => Err(Refusal::from(DeviceError::Busy)),
+                (Some(_), WantedPin::This(..)) => Err(Refusal::from(DeviceError::Busy)),
                 // What is given for something else is not meant for this use.
                 (Some(_), WantedPin::GivenNow) => Ok(Err(Arc::clone(&entry.login_over).notified_owned())),
                 (Some(login), WantedPin::Any) => Ok(Ok(login.subscribe())),
@@ -410,7 +429,9 @@ impl Vault {
         };
         self.pins.with(&device, |entry| {
             let withheld = match &result {
-                Err(refusal @ (Refusal::PinRefusedBefore(_) | Refusal::PinUncertain(_))) => Some(refusal.clone()),
+                Err(refusal @ (Refusal::PinRefusedBefore(_) | Refusal::PinUncertain(_) | Refusal::LastTry(_))) => {
+                    Some(refusal.clone())
+                }
                 _ => None,
             };
             entry.withheld = withheld.filter(|_| by_itself).map(|refusal| (Instant::now(), refusal));
@@ -430,7 +451,8 @@ impl Vault {
             return Err(DeviceError::PinBlocked.into());
         }
         let may_be_kept = match wanted {
-            WantedPin::This(pin) => return Ok(candidate(pin, true)),
+            WantedPin::This(pin, true) => return Ok(candidate(pin, true)),
+            WantedPin::This(pin, false) => return Ok(Candidate { told: None, ..candidate(pin, true) }),
             WantedPin::GivenNow => false,
             WantedPin::Any => true,
         };
@@ -465,6 +487,7 @@ impl Vault {
     async fn send_pin(self: &Arc<Self>, device: &Device, candidate: Candidate) -> Result<(), Refusal> {
         let Candidate { pin, serial, typed, told } = candidate;
         let mut locked = pin!(self.locks.notified());
+        let locks = self.pins.with(device, |entry| entry.locks);
         let turn = self.pin_turn(device, &serial).await?;
         // Meanwhile another token may have been put in, and another device have spent tries of this one.
         let status = present(device).await?;
@@ -472,13 +495,15 @@ impl Vault {
             return Err(DeviceError::Absent.into());
         }
         let last_try = || Refusal::LastTry(device.name().to_owned());
+        let even_last = typed && told == Some(1);
         match status.tries_left {
             Some(0) => return Err(DeviceError::PinBlocked.into()),
-            Some(1) if !typed || told != Some(1) => return Err(last_try()),
+            Some(1) if !even_last => return Err(last_try()),
             _ => {}
         }
+        self.check_open()?;
         if locked.as_mut().enable() {
-            return Err(self.check_open().err().unwrap_or(Refusal::Locked));
+            return Err(Refusal::Locked);
         }
         let attempt = match turn.begin(&pin, typed).await {
             Ok(attempt) => attempt,
@@ -487,9 +512,9 @@ impl Vault {
             Err(error) => return Err(Refusal::NoPin(error.to_string())),
         };
         let result = device
-            .log_in(pin.clone())
+            .log_in(pin.clone(), even_last)
             .await
-            .map_err(|failed| LoginError { sent: failed.sent && !was_not_tried(&failed.error), error: failed.error });
+            .map_err(|failed| LoginError { sent: failed.sent && !failed.error.is_of_no_login(), error: failed.error });
         match result {
             Ok(()) => {
                 if let Err(error) = attempt.accepted().await {
@@ -498,7 +523,7 @@ impl Vault {
                 info!(device = device.name(), "logged in");
                 // A lock forgets the PINs that it finds and no later one; that it was undone meanwhile changes nothing.
                 let kept = self.pins.with(device, |entry| {
-                    let keep = !locked.as_mut().enable() && self.check_open().is_ok();
+                    let keep = !locked.as_mut().enable() && self.check_open().is_ok() && entry.locks == locks;
                     if keep {
                         entry.accepted = Some((serial, pin));
                         entry.logins += 1;
@@ -534,11 +559,6 @@ impl Vault {
             }
         }
     }
-}
-
-/// Whether a driver that answers a login so has not tried the PIN.
-fn was_not_tried(error: &DeviceError) -> bool {
-    matches!(error, DeviceError::InUse | DeviceError::Busy | DeviceError::Unsupported(_) | DeviceError::PinRequired)
 }
 
 /// How the token is that a PIN would go to. A device that is being opened may hold another one than before: PINs belong to
@@ -621,7 +641,7 @@ mod tests {
             Err(DeviceError::NoSuchKey)
         }
 
-        async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
+        async fn unlock(&self, pin: SecretString, _: bool) -> Result<(), DeviceError> {
             if pin.expose_secret() == IN_USE {
                 return Err(DeviceError::InUse);
             }
@@ -764,6 +784,23 @@ mod tests {
         let vault = vault();
         let (_one, _, waits) = one_after_the_other(&vault).await;
         assert_eq!(waits.await.unwrap(), Err(DeviceError::Busy.into()));
+    }
+
+    #[tokio::test]
+    async fn a_device_that_was_locked_before_its_login_ended_stays_locked() {
+        let vault = vault();
+        let (device, gate) = token(&vault, Settings::default());
+        let login = {
+            let (vault, device) = (Arc::clone(&vault), device.clone());
+            tokio::spawn(async move { vault.unlock_device(&device, &Arc::new(Caller::default()), "1234".into()).await })
+        };
+        gate.asked.notified().await;
+        vault.lock_device(&device).await.unwrap();
+        gate.logouts.notified().await;
+        gate.answer.notify_one();
+        login.await.unwrap().unwrap();
+        gate.logouts.notified().await;
+        assert!(vault.pins.with(&device, |entry| entry.accepted.is_none()));
     }
 
     #[tokio::test]

@@ -446,7 +446,7 @@ impl Vault {
         let last = device.state().status.as_ref().is_some_and(|status| status.tries_left == Some(1));
         let result = match last {
             true => Err(Refusal::LastTry(device.name().to_owned())),
-            false => self.unlock_device(device, caller, wanted.pin.clone()).await,
+            false => self.unlock_knowing(device, caller, wanted.pin.clone(), false).await,
         };
         result.inspect_err(|refusal| *refused = Some(refusal.clone()))
     }

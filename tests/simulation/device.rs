@@ -317,7 +317,7 @@ impl Driver for Card {
         }
     }
 
-    async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
+    async fn unlock(&self, pin: SecretString, _: bool) -> Result<(), DeviceError> {
         let token = &self.token;
         let waited = token.with(|state| state.last_change) == Instant::now();
         let _inside = self.enter();

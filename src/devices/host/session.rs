@@ -366,7 +366,7 @@ impl Kind {
         match call {
             Call::Scan => Self::Scan,
             Call::Health => Self::Status,
-            Call::Unlock(_) | Call::Lock | Call::Rename(..) | Call::Delete(_) | Call::ChangeCard(_) => Self::Done,
+            Call::Unlock(..) | Call::Lock | Call::Rename(..) | Call::Delete(_) | Call::ChangeCard(_) => Self::Done,
             Call::CardStatus => Self::Card,
             Call::Generate(_) | Call::Import(..) => Self::Key,
             Call::Random(_) | Call::Operate(..) => Self::Bytes,
@@ -632,7 +632,7 @@ mod tests {
             || bytes(1),
             || Reply::Withdrawn,
         ];
-        let calls = [Call::Scan, Call::Health, Call::Unlock("1".into()), Call::Random(1)];
+        let calls = [Call::Scan, Call::Health, Call::Unlock("1".into(), true), Call::Random(1)];
         for (asked, call) in calls.iter().enumerate() {
             for (given, reply) in kinds.iter().enumerate() {
                 let mut fake = Fake::start(1).await;

@@ -151,12 +151,13 @@ pub fn encode_call(id: u64, call: &Call) -> Result<Frame, DeviceError> {
     Ok(match call {
         Call::Scan => tagged(SCAN),
         Call::Health => tagged(HEALTH),
-        Call::Unlock(pin) => {
+        Call::Unlock(pin, even_last) => {
             let pin = pin.expose_secret().as_bytes();
             fits(pin.len(), MAX_PIN)?;
             frame(id, pin.len(), |out| {
                 out.push(UNLOCK);
                 out.put_string(pin);
+                out.push((*even_last).into());
             })
         }
         Call::Lock => tagged(LOCK),
@@ -278,7 +279,10 @@ pub fn decode_request(body: &[u8]) -> Result<(u64, Request), FrameError> {
         OPEN => Request::Open(Zeroizing::new(r.string()?.to_vec())),
         SCAN => Request::Call(Call::Scan),
         HEALTH => Request::Call(Call::Health),
-        UNLOCK => Request::Call(Call::Unlock(SecretString::from(Box::<str>::from(text(&mut r, MAX_PIN)?)))),
+        UNLOCK => {
+            let pin = SecretString::from(Box::<str>::from(text(&mut r, MAX_PIN)?));
+            Request::Call(Call::Unlock(pin, boolean(&mut r)?))
+        }
         LOCK => Request::Call(Call::Lock),
         RANDOM => {
             let len = number(&mut r)?;
@@ -773,7 +777,7 @@ mod tests {
         prop_oneof![
             Just(Call::Scan),
             Just(Call::Health),
-            "\\PC{0,64}".prop_map(|pin| Call::Unlock(pin.into())),
+            ("\\PC{0,64}", any::<bool>()).prop_map(|(pin, even_last)| Call::Unlock(pin.into(), even_last)),
             Just(Call::Lock),
             (0..=MAX_RANDOM).prop_map(Call::Random),
             (a_slot(), an_operation()).prop_map(|(slot, operation)| Call::Operate(slot, operation.0.into())),
@@ -789,7 +793,9 @@ mod tests {
     fn same_call(a: &Call, b: &Call) -> bool {
         match (a, b) {
             (Call::Scan, Call::Scan) | (Call::Health, Call::Health) | (Call::Lock, Call::Lock) => true,
-            (Call::Unlock(a), Call::Unlock(b)) => a.expose_secret() == b.expose_secret(),
+            (Call::Unlock(a, last_a), Call::Unlock(b, last_b)) => {
+                a.expose_secret() == b.expose_secret() && last_a == last_b
+            }
             (Call::Random(a), Call::Random(b)) => a == b,
             (Call::Operate(slot, a), Call::Operate(other, b)) => slot == other && a == b,
             (Call::Generate(a), Call::Generate(b)) => same_new_key(a, b),
@@ -943,7 +949,7 @@ mod tests {
         assert_eq!(sign(MAX_SLOT + 1, 1), Err(DeviceError::NoSuchKey));
         let random = encode_call(1, &Call::Random(MAX_RANDOM + 1)).map(drop);
         assert_eq!(random, Err(DeviceError::TooLong { max: MAX_RANDOM }));
-        let pin = encode_call(1, &Call::Unlock("1".repeat(MAX_PIN + 1).into())).map(drop);
+        let pin = encode_call(1, &Call::Unlock("1".repeat(MAX_PIN + 1).into(), true)).map(drop);
         assert_eq!(pin, Err(DeviceError::TooLong { max: MAX_PIN }));
     }
 
@@ -957,7 +963,7 @@ mod tests {
 
     #[test]
     fn a_frame_that_carries_a_secret_never_moves() {
-        let call = encode_call(1, &Call::Unlock("123456".into())).unwrap();
+        let call = encode_call(1, &Call::Unlock("123456".into(), true)).unwrap();
         assert!(call.capacity() <= OVERHEAD + 6);
         let new = NewKey {
             secret: Some("1".repeat(MAX_PIN).into()),

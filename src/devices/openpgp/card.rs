@@ -327,8 +327,7 @@ impl Token {
     // PINs.
 
     /// Logs in with a PIN that somebody has just given.
-    pub(super) fn unlock(&mut self, given: SecretString) -> Result<(), DeviceError> {
-        let told = self.publish(|known| known.told);
+    pub(super) fn unlock(&mut self, given: SecretString, even_last: bool) -> Result<(), DeviceError> {
         let (mut left, mut sent) = (None, false);
         let kdf = self.kdf()?;
         let result = self.with(|tx, verified, kept| {
@@ -338,8 +337,8 @@ impl Token {
             if left == Some(0) {
                 return Err(DeviceError::PinBlocked.into());
             }
-            // Nobody was told that this is the last try: they are told, and asked again.
-            if left == Some(1) && told != Some(1) {
+            // Whoever gave it was not told that this is the last try: they are told, and asked again.
+            if left == Some(1) && !even_last {
                 return Err(DeviceError::PinRequired.into());
             }
             if !pin::fits(&given, CardPin::User, &status) {

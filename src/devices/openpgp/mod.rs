@@ -270,8 +270,8 @@ impl Driver for OpenPgp {
         self.ask(move |token| token.change(&change))
     }
 
-    async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
-        self.ask(move |token| token.unlock(pin))
+    async fn unlock(&self, pin: SecretString, even_last: bool) -> Result<(), DeviceError> {
+        self.ask(move |token| token.unlock(pin, even_last))
     }
 
     async fn lock(&self) -> Result<(), DeviceError> {

@@ -4,10 +4,7 @@
 use std::{
     collections::hash_map::DefaultHasher,
     hash::{Hash as _, Hasher},
-    sync::{
-        Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
 };
 
 use cryptoki::{
@@ -55,8 +52,6 @@ pub struct Pkcs11 {
     /// until it is loaded again, that it is gone. Scans and writes do not overlap anyway.
     pub(super) objects: RwLock<()>,
     unread: Mutex<Unread>,
-    /// Whether it was told last that one try is left: nobody is to spend it who could not know.
-    last_try_told: AtomicBool,
     pub(super) pkcs1_decrypt: bool,
     /// Whether the token takes OAEP with SHA-256, once that was tried.
     pub(super) oaep_sha256: OnceLock<bool>,
@@ -95,7 +90,6 @@ impl Driver for Pkcs11 {
             pin: Mutex::default(),
             objects: RwLock::default(),
             unread: Mutex::default(),
-            last_try_told: AtomicBool::new(false),
             pkcs1_decrypt: config.pkcs1_decrypt,
             oaep_sha256: OnceLock::new(),
             single_part: OnceLock::new(),
@@ -111,7 +105,7 @@ impl Driver for Pkcs11 {
         // What was remembered before may have changed since.
         self.pool.forget_handles();
         self.pool.with(|lane| {
-            let status = self.told(self.status(&lane.session, &token)?);
+            let status = self.status(&lane.session, &token)?;
             let object::Found { keys, notes, unread, is_complete } = object::keys(&lane.session, status.locked)?;
             self.unread().scanned(unread);
             self.try_oaep(lane, &keys, status.locked);
@@ -166,13 +160,13 @@ impl Driver for Pkcs11 {
         self.destroy(slot)
     }
 
-    async fn unlock(&self, pin: SecretString) -> Result<(), DeviceError> {
+    async fn unlock(&self, pin: SecretString, even_last: bool) -> Result<(), DeviceError> {
         let mut sent = self.sent_pin();
         if sent.was_refused(&pin) {
             return Err(self.refused());
         }
         let token = self.token()?;
-        if token.tries_left() == Some(1) && !self.last_try_told.load(Ordering::Relaxed) {
+        if token.tries_left() == Some(1) && !even_last {
             return Err(DeviceError::PinRequired);
         }
         let result = self.pool.with(|lane| self.log_in(lane, &pin, &sent, &token));
@@ -200,7 +194,7 @@ impl Driver for Pkcs11 {
 
     async fn health(&self) -> Result<Status, DeviceError> {
         let token = self.token()?;
-        let mut status = self.told(self.pool.with(|lane| Ok(self.status(&lane.session, &token)?))?);
+        let mut status = self.pool.with(|lane| Ok(self.status(&lane.session, &token)?))?;
         // What could not be read is looked at again, although nothing else has changed.
         status.generation ^= u64::from(self.unread().is_due());
         Ok(status)
@@ -288,12 +282,6 @@ impl Pkcs11 {
         })
     }
 
-    /// What is told of the token.
-    fn told(&self, status: Status) -> Status {
-        self.last_try_told.store(status.tries_left == Some(1), Ordering::Relaxed);
-        status
-    }
-
     fn log_in(&self, lane: &Lane, pin: &SecretString, sent: &SentPin, token: &Token) -> Result<(), Fault> {
         // Where the token has its own keys for it, a PIN from here is not wanted (PKCS#11 3.1, 5.6.8).
         let pin = (!token.protected_path).then_some(pin);
@@ -345,10 +333,7 @@ impl Pkcs11 {
     fn refused(&self) -> DeviceError {
         match self.token().ok().and_then(|token| token.tries_left()) {
             Some(0) => DeviceError::PinBlocked,
-            left => {
-                self.last_try_told.store(left == Some(1), Ordering::Relaxed);
-                DeviceError::PinWrong { left }
-            }
+            left => DeviceError::PinWrong { left },
         }
     }
 

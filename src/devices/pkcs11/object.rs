@@ -11,8 +11,9 @@ use cryptoki::{
 use super::{
     error::words,
     public::{self, Reason},
+    session::Fault,
 };
-use crate::devices::{MAX_KEYS, MAX_LABEL, MAX_SLOT, Slot};
+use crate::devices::{DeviceError, MAX_KEYS, MAX_LABEL, MAX_SLOT, Slot};
 
 /// Bytes of the public key's hash in a [`Slot`].
 const HASH: usize = 16;
@@ -164,7 +165,7 @@ fn public_keys(session: &Session, publics: Vec<PublicObject>, found: &mut Found)
 }
 
 /// The private key that this slot names.
-pub(super) fn find_key(session: &Session, slot: &Slot) -> Result<Option<KeyObject>, Error> {
+pub(super) fn find_key(session: &Session, slot: &Slot) -> Result<Option<KeyObject>, Fault> {
     let Some((wanted, id)) = slot.0.split_first_chunk::<HASH>() else { return Ok(None) };
     let mut template = vec![Attribute::Class(ObjectClass::PRIVATE_KEY)];
     if !id.is_empty() {
@@ -179,9 +180,10 @@ pub(super) fn find_key(session: &Session, slot: &Slot) -> Result<Option<KeyObjec
     for handle in handles {
         match private_key(session, handle, &companions) {
             Ok(Ok(key)) if key.id == id && hash(&key.blob) == *wanted => return Ok(Some(key)),
+            Ok(Err(Left { why, is_unread: true })) => unread = Some(Fault::Ours(DeviceError::Failed(why))),
             Ok(_) => {}
-            Err(error) if is_about_all(&error) => return Err(error),
-            Err(error) => unread = Some(error),
+            Err(error) if is_about_all(&error) => return Err(error.into()),
+            Err(error) => unread = Some(error.into()),
         }
     }
     // It may be the one.

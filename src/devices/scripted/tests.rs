@@ -75,8 +75,8 @@ async fn counts_tell_what_was_done() {
     let device = Scripted::open(Arc::clone(&control)).await.unwrap();
     sign(&device, b"a").await.unwrap();
     sign(&device, b"b").await.unwrap();
-    device.unlock(pin("1")).await.unwrap_err();
-    device.unlock(pin("1234")).await.unwrap();
+    device.unlock(pin("1"), true).await.unwrap_err();
+    device.unlock(pin("1234"), true).await.unwrap();
     let counts = control.counts().borrow().clone();
     assert_eq!((counts.calls(CallName::Open), counts.calls(CallName::Sign), counts.calls(CallName::Scan)), (1, 2, 0));
     assert_eq!((counts.signs("ed"), counts.signs("rsa")), (2, 0));
@@ -181,18 +181,18 @@ async fn a_pin_has_its_tries_whatever_is_opened_anew() {
     let tries = async |device: &Scripted| device.health().await.unwrap().tries_left;
     assert_eq!(sign(&device, b"data").await, Err(DeviceError::PinRequired));
     assert_eq!(tries(&device).await, Some(3));
-    assert_eq!(device.unlock(pin("1")).await, Err(DeviceError::PinWrong { left: Some(2) }));
+    assert_eq!(device.unlock(pin("1"), true).await, Err(DeviceError::PinWrong { left: Some(2) }));
     let device = Scripted::open(Arc::clone(&control)).await.unwrap();
     assert_eq!(tries(&device).await, Some(2));
-    device.unlock(pin("1234")).await.unwrap();
+    device.unlock(pin("1234"), true).await.unwrap();
     assert_eq!(tries(&device).await, Some(3));
     sign(&device, b"data").await.unwrap();
     device.lock().await.unwrap();
     assert_eq!(sign(&device, b"data").await, Err(DeviceError::PinRequired));
     for left in [2, 1, 0] {
-        assert_eq!(device.unlock(pin("1")).await, Err(DeviceError::PinWrong { left: Some(left) }));
+        assert_eq!(device.unlock(pin("1"), true).await, Err(DeviceError::PinWrong { left: Some(left) }));
     }
-    assert_eq!(device.unlock(pin("1234")).await, Err(DeviceError::PinBlocked));
+    assert_eq!(device.unlock(pin("1234"), true).await, Err(DeviceError::PinBlocked));
     assert_eq!(tries(&device).await, Some(0));
 }
 
@@ -226,7 +226,7 @@ async fn keys_appear_vanish_and_hide() {
         (scan.keys.into_iter().map(|key| key.slot).collect::<Vec<_>>(), scan.complete, scan.status.generation)
     };
     assert_eq!(slots().await, (vec![slot("old")], false, 0));
-    device.unlock(pin("1")).await.unwrap();
+    device.unlock(pin("1"), true).await.unwrap();
     assert_eq!(slots().await, (vec![slot("old"), slot("hidden")], true, 0));
     control.set(GENERATION, 1).unwrap();
     assert_eq!(slots().await, (vec![slot("new"), slot("hidden")], true, 1));

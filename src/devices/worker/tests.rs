@@ -406,7 +406,7 @@ async fn a_login_has_the_driver_for_itself_and_nothing_goes_before_it() {
     desk.is_quiet().await;
     third.answers();
     let unlock = desk.next().await;
-    assert!(matches!(unlock.call, Call::Unlock(_)));
+    assert!(matches!(unlock.call, Call::Unlock(..)));
     desk.is_quiet().await;
     unlock.answer.send(Ok(Reply::Done)).ok().unwrap();
     desk.next().await.answers();
@@ -427,7 +427,7 @@ async fn no_call_is_before_a_login_that_may_not_begin_before_it() {
     first.answers();
     second.answers();
     let unlock = desk.next().await;
-    assert!(matches!(unlock.call, Call::Unlock(_)));
+    assert!(matches!(unlock.call, Call::Unlock(..)));
     unlock.answer.send(Ok(Reply::Done)).ok().unwrap();
     desk.next().await.answers();
     assert_eq!(login.await.unwrap(), Ok(()));
@@ -488,7 +488,7 @@ async fn what_becomes_of_a_pin_is_heard_although_it_had_to_wait_for_a_lane() {
     let answers = vec![desk.ask(), desk.ask()];
     let [first, second] = [desk.next().await, desk.next().await];
     let device = desk.device.clone();
-    let login = tokio::spawn(async move { device.log_in("1234".into()).await });
+    let login = tokio::spawn(async move { device.log_in("1234".into(), true).await });
     advance(settings.timeout - QUIET).await;
     first.answers();
     second.answers();
