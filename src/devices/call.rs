@@ -16,7 +16,7 @@ pub enum Call {
     Scan,
     /// [`Driver::health`]
     Health,
-    /// [`Driver::unlock`]
+    /// [`Driver::unlock`], and whether even with the last try.
     Unlock(SecretString, bool),
     /// [`Driver::lock`]
     Lock,

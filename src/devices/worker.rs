@@ -560,12 +560,12 @@ impl<'a, S: Session> Lanes<'a, S> {
             Err(DeviceError::Restarted) => Some(Ended::Died("the driver died".to_owned())),
             _ => None,
         };
-        // What it saw may be gone; the next one tells.
-        // Nor does a login wait for a look: what that finds is of before or after, and nobody knows which.
+        // A login does not wait for a look: what that finds is of before or after, and nobody knows which.
         let amid_login = self.active.values().any(|active| active.kind == Kind::Login);
         if active.kind == Kind::Login && !result.as_ref().is_err_and(DeviceError::is_of_no_login) {
             self.outdate();
         }
+        // What it saw may be gone; the next one tells.
         let outdated = (active.outdated || amid_login) && matches!(result, Ok(Reply::Scan(_) | Reply::Status(_)));
         self.rescan |= outdated;
         match active.task {

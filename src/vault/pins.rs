@@ -689,16 +689,19 @@ mod tests {
         (device, gate)
     }
 
+    /// Logs in with the right PIN, in a task of its own.
+    fn unlock(vault: &Arc<Vault>, device: &Device) -> JoinHandle<Result<(), Refusal>> {
+        let (vault, device) = (Arc::clone(vault), device.clone());
+        tokio::spawn(async move { vault.unlock_device(&device, &Arc::new(Caller::default()), "1234".into()).await })
+    }
+
     #[tokio::test]
     async fn a_pin_that_is_on_its_way_during_a_lock_is_not_kept() {
         let vault = vault();
         let (device, gate) = token(&vault, Settings::default());
         let caller = Arc::new(Caller::default());
         let password = || Zeroizing::new(b"password".to_vec());
-        let login = {
-            let (vault, device, caller) = (Arc::clone(&vault), device.clone(), Arc::clone(&caller));
-            tokio::spawn(async move { vault.unlock_device(&device, &caller, "1234".into()).await })
-        };
+        let login = unlock(&vault, &device);
         gate.asked.notified().await;
         Arc::clone(&vault).lock(Arc::clone(&caller), password()).await.unwrap();
         Arc::clone(&vault).unlock(caller, password()).await.unwrap();
@@ -753,13 +756,9 @@ mod tests {
     async fn one_after_the_other(vault: &Arc<Vault>) -> (Arc<Gate>, Arc<Gate>, JoinHandle<Result<(), Refusal>>) {
         let (first, one) = device_with_token(vault, "first", Settings::default());
         let (second, other) = device_with_token(vault, "second", Settings::default());
-        let unlock = |device: &Device| {
-            let (vault, device) = (Arc::clone(vault), device.clone());
-            tokio::spawn(async move { vault.unlock_device(&device, &Arc::new(Caller::default()), "1234".into()).await })
-        };
-        unlock(&first);
+        unlock(vault, &first);
         one.asked.notified().await;
-        let waits = unlock(&second);
+        let waits = unlock(vault, &second);
         present(&second).await.unwrap();
         for _ in 0..100 {
             tokio::task::yield_now().await;
@@ -790,10 +789,7 @@ mod tests {
     async fn a_device_that_was_locked_before_its_login_ended_stays_locked() {
         let vault = vault();
         let (device, gate) = token(&vault, Settings::default());
-        let login = {
-            let (vault, device) = (Arc::clone(&vault), device.clone());
-            tokio::spawn(async move { vault.unlock_device(&device, &Arc::new(Caller::default()), "1234".into()).await })
-        };
+        let login = unlock(&vault, &device);
         gate.asked.notified().await;
         vault.lock_device(&device).await.unwrap();
         gate.logouts.notified().await;

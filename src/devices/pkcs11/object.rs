@@ -103,12 +103,16 @@ pub(super) struct Left {
 }
 
 impl Left {
+    fn unreadable(what: &str, why: &str) -> Self {
+        Self { why: format!("{what} cannot be read and is left out: {why}"), is_unread: true }
+    }
+
     /// An error is one of the session or the token, which has nothing else to say either.
     fn unread(what: &str, error: Error) -> Result<Self, Error> {
         if is_about_all(&error) {
             return Err(error);
         }
-        Ok(Self { why: format!("{what} cannot be read and is left out: {}", words(&error)), is_unread: true })
+        Ok(Self::unreadable(what, &words(&error)))
     }
 }
 
@@ -336,12 +340,11 @@ impl Companions {
             let Some(attributes) = read(handle, &CERTIFICATE_ATTRIBUTES, "a certificate", &mut unread)? else {
                 continue;
             };
-            let rest = attributes.left("a certificate");
             let certificate = public::certificate(attributes.bytes(AttributeType::Value));
             let name = certificate.as_ref().and_then(|certificate| certificate.common_name).unwrap_or_default();
             let label = attributes.label();
             if certificate.is_none() {
-                unread.extend(rest);
+                unread.extend(attributes.left("a certificate"));
             }
             certificates.push(CertificateObject {
                 handle,
@@ -411,12 +414,11 @@ impl Attributes {
 
     /// That the object cannot be made sense of because something in it was not read.
     fn left(&self, what: &str) -> Option<Left> {
-        let why = match &self.unread {
-            Some(error) => words(error),
-            None if self.are_blank() => "it has no attributes".to_owned(),
-            None => return None,
-        };
-        Some(Left { why: format!("{what} cannot be read and is left out: {why}"), is_unread: true })
+        match &self.unread {
+            Some(error) => Some(Left::unreadable(what, &words(error))),
+            None if self.are_blank() => Some(Left::unreadable(what, "it has no attributes")),
+            None => None,
+        }
     }
 
     fn bytes(&self, wanted: AttributeType) -> &[u8] {
@@ -494,21 +496,18 @@ fn cut(text: &str) -> String {
 
 /// Whether an error says something about one attribute only, and not about the object, the session or the token.
 fn is_about_attribute(error: &Error) -> bool {
-    match error {
-        Error::Pkcs11(value, _) => {
-            is_about_value(error)
-                || matches!(
-                    value,
-                    RvError::ArgumentsBad
-                        | RvError::BufferTooSmall
-                        | RvError::FunctionFailed
-                        | RvError::FunctionNotSupported
-                        | RvError::GeneralError
-                )
-        }
-        // A value that cannot be what its attribute has.
-        _ => true,
-    }
+    let is_doubtful = matches!(
+        error,
+        Error::Pkcs11(
+            RvError::ArgumentsBad
+                | RvError::BufferTooSmall
+                | RvError::FunctionFailed
+                | RvError::FunctionNotSupported
+                | RvError::GeneralError,
+            _
+        )
+    );
+    is_doubtful || is_about_value(error)
 }
 
 /// Whether it says for good that the object has no such attribute, or does not show it.
@@ -518,6 +517,7 @@ fn is_about_value(error: &Error) -> bool {
             value,
             RvError::AttributeSensitive | RvError::AttributeTypeInvalid | RvError::AttributeValueInvalid
         ),
+        // A value that cannot be what its attribute has.
         _ => true,
     }
 }
