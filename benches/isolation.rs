@@ -27,7 +27,6 @@ use support::{
     bad_module::BadModule,
     client::{Client, Key, REQUEST_IDENTITIES, SIGN_REQUEST, SIGN_RESPONSE, message},
     daemon::{Daemon, Home},
-    eventually,
     softhsm::SoftHsm,
 };
 
@@ -74,14 +73,14 @@ fn main() {
     let daemon = home.start();
     let soft = Key::random();
     assert_eq!(daemon.connect().request(&soft.add_message(b"soft", &[])), [6]);
-    let well = sign(&blob(&daemon, "well"));
+    let well = sign(&daemon.blob("well"));
     assert_eq!(daemon.connect().request(&well)[0], SIGN_RESPONSE);
     let bodies = [sign(&soft.blob()), vec![REQUEST_IDENTITIES], well];
-    let keys: Vec<_> = DEVICES.iter().map(|(name, _)| blob(&daemon, name)).collect();
+    let keys: Vec<_> = DEVICES.iter().map(|(name, _)| daemon.blob(name)).collect();
 
     println!("{CONNECTIONS} connections, {rounds} rounds of {} s; µs", ROUND.as_secs());
     compare("the three", rounds, &daemon, &bodies, &keys);
-    let moody = [blob(&daemon, "moody")];
+    let moody = [daemon.blob("moody")];
     for mood in MOODS {
         module.mood(&format!("C_Sign {mood}\n"));
         compare(mood, rounds, &daemon, &bodies, &moody);
@@ -94,7 +93,7 @@ fn main() {
         println!("{mood}: signed again after {:?}", began.elapsed());
     }
 
-    let killed = blob(&daemon, "killed");
+    let killed = daemon.blob("killed");
     let back: Vec<_> = (0..KILLS).map(|_| kill(&daemon, &killed)).collect();
     println!("killed in the middle of 100 requests and ready again, {KILLS} times in a row: {back:?}");
 }
@@ -135,15 +134,6 @@ fn sign(blob: &[u8]) -> Vec<u8> {
     let mut body = message(SIGN_REQUEST, &[blob, &[7; 600]]);
     body.extend([0; 4]);
     body
-}
-
-fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
-    let mut found = None;
-    eventually("the device's key is listed", || {
-        found = daemon.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
-        found.is_some()
-    });
-    found.unwrap()
 }
 
 /// A round.

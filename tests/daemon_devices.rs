@@ -59,16 +59,6 @@ seed = 2
 label = "locked"
 "#;
 
-/// The blob of the listed key with this comment.
-fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
-    let mut found = None;
-    eventually(&format!("{comment:?} is listed"), || {
-        found = daemon.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
-        found.is_some()
-    });
-    found.unwrap()
-}
-
 fn sign(blob: &[u8], data: &[u8]) -> Vec<u8> {
     let mut body = message(SIGN_REQUEST, &[blob, data]);
     body.extend([0; 4]);
@@ -84,7 +74,7 @@ fn keys_stay_listed_while_their_device_is_away() {
     let mut home = Home::new();
     home.device("a", TOKEN_A, "probe = \"50ms\"");
     let daemon = home.start();
-    let own = blob(&daemon, "only on A");
+    let own = daemon.blob("only on A");
     assert!(signs(&daemon, &own));
     drop(daemon);
 
@@ -105,7 +95,7 @@ fn the_second_place_of_a_key_takes_over() {
     home.device("a", TOKEN_A, "probe = \"50ms\"");
     home.device("b", TOKEN_B, "probe = \"50ms\"");
     let daemon = home.start();
-    let shared = blob(&daemon, "shared");
+    let shared = daemon.blob("shared");
     eventually("both devices are ready", || home.log().matches(" ready device=").count() == 2);
     assert_eq!(daemon.connect().list().len(), 2, "one key in two places is one identity");
     fs::write(home.control("a").join("absent"), "").unwrap();
@@ -124,7 +114,7 @@ fn many_requests_make_one_prompt_and_a_restart_makes_none() {
     home.device("l", LOCKED, "");
     home.askpass(&askpass);
     let daemon = home.start();
-    let key = blob(&daemon, "locked");
+    let key = daemon.blob("locked");
     let mut clients: Vec<_> = (0..20).map(|_| daemon.connect()).collect();
     for client in &mut clients {
         client.send(&sign(&key, b"data"));
@@ -148,7 +138,7 @@ fn a_killed_driver_costs_the_requests_inside_it_and_nothing_else() {
     // Time enough for all hundred on a machine that is busy with other tests.
     home.device("a", &format!("latency_ms = 20\n{TOKEN_A}"), "timeout = \"1m\"");
     let daemon = home.start();
-    let own = blob(&daemon, "only on A");
+    let own = daemon.blob("only on A");
     let soft = Key::random();
     assert_eq!(daemon.connect().request(&soft.add_message(b"soft", &[])), [6]);
     let mut clients: Vec<_> = (0..100).map(|_| daemon.connect()).collect();
@@ -175,7 +165,7 @@ fn the_end_answers_what_is_in_flight_and_leaves_nothing() {
     let hang = "[[rule]]\non = \"sign\"\ndo = \"hang\"\n";
     home.device("a", &format!("{TOKEN_A}{hang}"), "timeout = \"1h\"");
     let daemon = home.start();
-    let own = blob(&daemon, "only on A");
+    let own = daemon.blob("only on A");
     let mut clients: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
     for client in &mut clients {
         client.send(&sign(&own, b"data"));
@@ -221,7 +211,7 @@ fn devices_come_and_go_with_the_configuration() {
     let config = fs::read_to_string(home.path("config.toml")).unwrap();
     let at = |name: &str| config.find(&format!("[[device]]\nname = \"{name}\"")).unwrap();
     let (head, a, b) = (&config[..at("a")], &config[at("a")..at("b")], &config[at("b")..]);
-    let (own, shared) = (blob(&daemon, "only on A"), blob(&daemon, "shared"));
+    let (own, shared) = (daemon.blob("only on A"), daemon.blob("shared"));
     let process = |name: &str| daemon.hosts().into_iter().find(|(_, n)| n == name).map(|(pid, _)| pid);
     let (process_a, process_b) = (process("a").unwrap(), process("b").unwrap());
     eventually("both devices are ready", || home.log().matches(" ready device=").count() == 2);
@@ -255,7 +245,7 @@ fn what_waits_for_a_device_that_is_taken_out_is_refused_at_once() {
     home.device("a", &format!("{TOKEN_A}{hang}"), "timeout = \"1h\"");
     let daemon = home.start();
     let config = fs::read_to_string(home.path("config.toml")).unwrap();
-    let own = blob(&daemon, "only on A");
+    let own = daemon.blob("only on A");
     let mut clients: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
     for client in &mut clients {
         client.send(&sign(&own, b"data"));

@@ -13,8 +13,8 @@ use std::{
 
 use secrecy::ExposeSecret;
 use strongroom::prompt::{Environment, PromptError, Prompter, Settings, Unavailable};
+use support::life::Life;
 use tempfile::TempDir;
-use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
 
 const UID: u32 = 1000;
 
@@ -120,17 +120,13 @@ async fn a_program_that_does_not_greet_is_no_pinentry() {
 async fn who_stops_waiting_closes_the_question() {
     let dir = TempDir::new().unwrap();
     let (program, fifo) = (dir.path().join("pinentry"), dir.path().join("life"));
-    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let mut life = Life::of(&fifo);
     support::script(&program, &format!("exec 3>{}; echo up >&3; echo OK; exec cat >/dev/null", fifo.display()));
-    let mut life = pipe::OpenOptions::new().open_receiver(&fifo).unwrap();
     let prompter = Prompter::new(settings(&program, &[("DISPLAY", ":0")]));
     let question = tokio::spawn(async move { prompter.confirm(UID, "Allow?").await });
-    let mut up = [0; 3];
-    timeout(support::PATIENCE, life.read_exact(&mut up)).await.unwrap().unwrap();
-    assert_eq!(&up, b"up\n");
+    life.started().await;
     question.abort();
-    // Its end comes when nothing of it is alive.
-    timeout(support::PATIENCE, life.read_to_end(&mut Vec::new())).await.unwrap().unwrap();
+    life.gone().await;
 }
 
 #[tokio::test]

@@ -58,15 +58,6 @@ impl Moody {
     }
 }
 
-fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
-    let mut found = None;
-    eventually(&format!("{comment:?} is listed"), || {
-        found = daemon.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
-        found.is_some()
-    });
-    found.unwrap()
-}
-
 /// A signature over data, with a deadline far beyond the device's own time.
 fn signature(client: &mut Client, key: &[u8]) -> Result<Vec<u8>, Failure> {
     let reply = client.ask(&use_key(ssh(key, b"data"), 30_000));
@@ -102,7 +93,7 @@ fn others<'scope>(
 fn each_mood_costs_its_own_requests_and_passes() {
     let moody = Moody::new();
     let daemon = moody.home.start();
-    let (key, other) = (blob(&daemon, "moody"), blob(&daemon, "other"));
+    let (key, other) = (daemon.blob("moody"), daemon.blob("other"));
     let soft = Key::random();
     daemon.connect().add(&soft, "soft", &[]);
     let mut client = daemon.connect_service();
@@ -142,7 +133,7 @@ fn each_mood_costs_its_own_requests_and_passes() {
 fn a_slow_module_is_waited_for_and_many_share_its_sessions() {
     let moody = Moody::new();
     let daemon = moody.home.start();
-    let key = blob(&daemon, "moody");
+    let key = daemon.blob("moody");
     let mut client = daemon.connect_service();
     signature(&mut client, &key).unwrap();
     moody.module.mood("C_Sign slow=200\nC_SignFinal slow=200\n");
@@ -171,10 +162,10 @@ fn a_module_that_cannot_be_opened_is_tried_again_by_itself() {
     let daemon = moody.home.start();
     daemon.logs("failed, tried again in the background");
     assert!(moody.home.log().contains("C_Initialize answered CKR_DEVICE_ERROR"), "{}", moody.home.log());
-    let other = blob(&daemon, "other");
+    let other = daemon.blob("other");
     signature(&mut daemon.connect_service(), &other).unwrap();
     moody.module.recover();
-    let key = blob(&daemon, "moody");
+    let key = daemon.blob("moody");
     let mut client = daemon.connect_service();
     eventually("it signs", || signature(&mut client, &key).is_ok());
     // Its keys stay listed while it cannot be opened, and what is asked of it is refused with the reason.
@@ -184,7 +175,7 @@ fn a_module_that_cannot_be_opened_is_tried_again_by_itself() {
     let failure = signature(&mut client, &key).unwrap_err();
     assert_eq!(failure.code, Code::Failed, "{failure:?}");
     assert!(failure.message.contains("has failed"), "{failure:?}");
-    assert_eq!(blob(&daemon, "moody"), key);
+    assert_eq!(daemon.blob("moody"), key);
     moody.module.recover();
     eventually("it is well again", || signature(&mut client, &key).is_ok());
 }
@@ -195,9 +186,9 @@ fn a_full_table_of_sessions_is_told_and_waited_for() {
     moody.module.mood("C_OpenSession fail=b1\n");
     let daemon = moody.home.start();
     daemon.logs("all sessions of the token are taken; end other programs that use it");
-    signature(&mut daemon.connect_service(), &blob(&daemon, "other")).unwrap();
+    signature(&mut daemon.connect_service(), &daemon.blob("other")).unwrap();
     moody.module.recover();
-    let key = blob(&daemon, "moody");
+    let key = daemon.blob("moody");
     eventually("it signs", || signature(&mut daemon.connect_service(), &key).is_ok());
 }
 
@@ -207,7 +198,7 @@ fn an_object_that_cannot_be_read_spoils_no_other_and_is_not_taken_for_gone() {
     moody.tokens.generate("moody", "EC:prime256v1", "02", "second", &[]);
     moody.module.mood("C_GetAttributeValue fail=30 @2\nC_GetAttributeValue fail=30 @258\n");
     let daemon = moody.home.start();
-    let key = blob(&daemon, "moody");
+    let key = daemon.blob("moody");
     let mut client = daemon.connect_service();
     signature(&mut client, &key).unwrap();
     eventually("what is left out is told", || {
@@ -220,7 +211,7 @@ fn an_object_that_cannot_be_read_spoils_no_other_and_is_not_taken_for_gone() {
     let is_listed = |comment: &str| daemon.connect().list().iter().any(|(_, c)| c == comment.as_bytes());
     assert!(!is_listed("second"));
     moody.module.recover();
-    let second = blob(&daemon, "second");
+    let second = daemon.blob("second");
     signature(&mut client, &second).unwrap();
 
     // An EC key on SoftHSM has its public half in the public key alone.
@@ -228,7 +219,7 @@ fn an_object_that_cannot_be_read_spoils_no_other_and_is_not_taken_for_gone() {
         moody.module.mood(&format!("C_GetAttributeValue {mood}\n"));
         // The token has been looked at since when this one is there.
         moody.tokens.generate("moody", "EC:prime256v1", id, mood, &[]);
-        let another = blob(&daemon, mood);
+        let another = daemon.blob(mood);
         assert!(is_listed("second"), "{mood}");
         signature(&mut client, &another).unwrap();
         moody.module.recover();
@@ -240,7 +231,7 @@ fn an_object_that_cannot_be_read_spoils_no_other_and_is_not_taken_for_gone() {
 fn a_login_that_hangs_or_fails_is_not_repeated() {
     let moody = Moody::new();
     let daemon = moody.home.start();
-    let key = blob(&daemon, "moody");
+    let key = daemon.blob("moody");
     let mut client = daemon.connect_service();
     moody.module.mood("C_Login hang\n");
     let failure = signature(&mut client, &key).unwrap_err();
@@ -259,7 +250,7 @@ fn a_login_that_hangs_or_fails_is_not_repeated() {
 fn a_key_whose_module_lies_is_refused_in_every_scheme() {
     let moody = Moody::new();
     let daemon = moody.home.start();
-    let key = blob(&daemon, "moody");
+    let key = daemon.blob("moody");
     let mut client = daemon.connect_service();
     signature(&mut client, &key).unwrap();
     moody.module.mood("C_Sign wrong\nC_SignFinal wrong\n");

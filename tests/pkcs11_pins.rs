@@ -21,18 +21,17 @@ use support::{
 const WRONG: &str = "000000";
 const ADD_SMARTCARD: u8 = 20;
 
-/// The blob of the listed key with this comment.
-fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
-    let mut found = None;
-    eventually(&format!("{comment:?} is listed"), || {
-        found = daemon.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
-        found.is_some()
-    });
-    found.unwrap()
-}
-
 fn signs(client: &mut Client, key: &[u8]) -> Result<(), Failure> {
     client.ask(&use_key(ssh(key, b"data"), 0)).read::<Bytes>().map(drop)
+}
+
+/// A token behind a module that can misbehave, with a key that wants a login for each use; as the device `hsm`.
+fn each_time(more: &str) -> (SoftHsm, BadModule, Home) {
+    let hsm = SoftHsm::with_token("vault");
+    hsm.generate("vault", "EC:prime256v1", "01", "each time", &["--always-auth"]);
+    let (module, mut home) = (BadModule::build(), Home::new());
+    home.configure(&hsm.device_of(&module.path(), "hsm", "vault", more));
+    (hsm, module, home)
 }
 
 /// What was said to these requests, which are made at once.
@@ -58,13 +57,9 @@ fn refused(logins: &[String]) -> usize {
 
 #[test]
 fn a_pin_that_the_token_takes_no_more_costs_one_try_however_many_uses_want_it() {
-    let hsm = SoftHsm::with_token("vault");
-    hsm.generate("vault", "EC:prime256v1", "01", "each time", &["--always-auth"]);
-    let module = BadModule::build();
-    let mut home = Home::new();
-    home.configure(&hsm.device_of(&module.path(), "hsm", "vault", "sessions = 4"));
+    let (_hsm, module, home) = each_time("sessions = 4");
     let daemon = home.start();
-    let (key, mut client) = (blob(&daemon, "each time"), daemon.connect_service());
+    let (key, mut client) = (daemon.blob("each time"), daemon.connect_service());
     signs(&mut client, &key).unwrap();
     signs(&mut client, &key).unwrap();
     assert_eq!(module.results("C_Login"), ["0", "0", "0"], "the token's, and one for each use");
@@ -90,13 +85,9 @@ fn a_pin_that_the_token_takes_no_more_costs_one_try_however_many_uses_want_it() 
 
 #[test]
 fn a_pin_that_was_changed_is_sent_once_and_the_new_one_unlocks() {
-    let hsm = SoftHsm::with_token("vault");
-    hsm.generate("vault", "EC:prime256v1", "01", "each time", &["--always-auth"]);
-    let module = BadModule::build();
-    let mut home = Home::new();
-    home.configure(&hsm.device_of(&module.path(), "hsm", "vault", ""));
+    let (hsm, module, home) = each_time("");
     let daemon = home.start();
-    let (key, mut client) = (blob(&daemon, "each time"), daemon.connect_service());
+    let (key, mut client) = (daemon.blob("each time"), daemon.connect_service());
     signs(&mut client, &key).unwrap();
     let other = "975310";
     run(hsm.pkcs11_tool("vault").args(["--change-pin", "--new-pin", other])).ok();
@@ -124,7 +115,7 @@ fn the_last_try_is_left_to_a_person() {
     // What another program has spent is seen at the time of the login, not by looking often.
     home.configure(&hsm.device_of(&module.path(), "hsm", "vault", "probe = \"1h\""));
     let daemon = home.start();
-    let (plain, each) = (blob(&daemon, "plain"), blob(&daemon, "each time"));
+    let (plain, each) = (daemon.blob("plain"), daemon.blob("each time"));
     let mut client = daemon.connect_service();
     let is_last =
         |failure: &Failure| failure.code == Code::PinRequired && failure.message.contains("one PIN try is left");
@@ -173,7 +164,7 @@ fn devices_with_one_token_send_a_wrong_pin_once_and_the_right_one_each() {
     // As the two tokens of one card do.
     module.mood("C_GetTokenInfo serial\nC_Login slow=300\n");
     let daemon = home.start();
-    let keys = ["on one", "on two"].map(|comment| blob(&daemon, comment));
+    let keys = ["on one", "on two"].map(|comment| daemon.blob(comment));
     let outcomes = at_once(&daemon, &[unlock("one", WRONG), unlock("two", WRONG)], Name::Unlock);
     assert!(
         outcomes.iter().all(|outcome| outcome.as_ref().is_err_and(|why| why.code == Code::PinWrong)),
@@ -197,7 +188,7 @@ fn a_pin_is_read_from_no_pipe() {
     fs::remove_file(&pin).unwrap();
     run(Command::new("mkfifo").arg(&pin)).ok();
     let daemon = home.start();
-    let (key, mut client) = (blob(&daemon, "plain"), daemon.connect_service());
+    let (key, mut client) = (daemon.blob("plain"), daemon.connect_service());
     let failure = signs(&mut client, &key).unwrap_err();
     assert!(failure.code == Code::NoPrompt && failure.message.contains("no regular file"), "{failure:?}");
     fs::remove_file(&pin).unwrap();

@@ -1,25 +1,20 @@
 //! Prompts against askpass programs that are shell scripts: they allow, deny, hang, flood and look around.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod support;
+
 use std::{
     collections::BTreeMap,
     ffi::OsString,
-    fs::{self, File},
-    future::Future,
-    io::Write,
+    fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     time::Duration,
 };
 
 use secrecy::ExposeSecret;
 use strongroom::prompt::{Environment, PromptError, Prompter, Settings, Unavailable};
+use support::life::{Life, soon};
 use tempfile::TempDir;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
-    net::unix::pipe,
-    time::timeout,
-};
 
 const UID: u32 = 1000;
 
@@ -36,17 +31,7 @@ impl Desk {
 
     /// A program in the directory.
     fn script(&self, name: &str, body: &str) {
-        // A shell writes the file: were it open for writing here, a child that another test starts at this moment
-        // would inherit it, and running it would fail with ETXTBSY.
-        let mut shell = Command::new("sh")
-            .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
-            .arg(self.path(name))
-            .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let script = format!("#!/bin/sh\nhere={}\n{body}\n", self.0.path().display());
-        shell.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
-        assert!(shell.wait().unwrap().success());
+        support::script(&self.path(name), &format!("here={}\n{body}", self.0.path().display()));
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -71,12 +56,7 @@ impl Desk {
 
     /// A FIFO that scripts hold open.
     fn life(&self) -> Life {
-        let fifo = self.path("life");
-        if !fifo.exists() {
-            assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
-        }
-        let lines = BufReader::new(pipe::OpenOptions::new().open_receiver(&fifo).unwrap());
-        Life { lines, held: File::options().write(true).open(fifo).unwrap() }
+        Life::of(&self.path("life"))
     }
 
     fn read(&self, name: &str) -> String {
@@ -84,32 +64,8 @@ impl Desk {
     }
 }
 
-/// The reading end of a FIFO that scripts hold open: a line says that one has started, the end that all are gone.
-struct Life {
-    lines: BufReader<pipe::Receiver>,
-    /// A FIFO that was never open for writing has no end, and a script may be killed before it opens it.
-    held: File,
-}
-
 /// The start of a script whose life the test watches.
 const LIVE: &str = "exec 3>\"$here/life\"; echo up >&3\n";
-
-async fn soon<T>(event: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(20), event).await.expect("it happens soon")
-}
-
-/// Waits for the next script to start.
-async fn started(life: &mut Life) {
-    let mut line = String::new();
-    soon(life.lines.read_line(&mut line)).await.unwrap();
-    assert_eq!(line, "up\n");
-}
-
-/// Waits until no script, and nothing that one started, is alive.
-async fn all_gone(Life { mut lines, held }: Life) {
-    drop(held);
-    soon(lines.read_to_end(&mut Vec::new())).await.unwrap();
-}
 
 #[tokio::test]
 async fn nothing_or_yes_with_exit_0_allows_and_all_else_denies() {
@@ -171,8 +127,8 @@ async fn a_flood_is_a_denial_and_ends_the_askpass() {
     let desk = Desk::with_askpass(&format!("{LIVE} cat /dev/zero"));
     let mut life = desk.life();
     assert_eq!(soon(desk.prompter().pin(UID, "Enter PIN: ")).await.map(drop), Err(PromptError::Denied));
-    started(&mut life).await;
-    all_gone(life).await;
+    life.started().await;
+    life.gone().await;
 }
 
 #[tokio::test]
@@ -243,9 +199,9 @@ async fn who_stops_waiting_ends_the_askpass_and_its_children() {
     let mut life = desk.life();
     let prompter = desk.prompter();
     let question = tokio::spawn(async move { prompter.confirm(UID, "Allow?").await });
-    started(&mut life).await;
+    life.started().await;
     question.abort();
-    all_gone(life).await;
+    life.gone().await;
 }
 
 #[tokio::test]
@@ -254,9 +210,9 @@ async fn an_askpass_that_ignores_the_signal_is_killed() {
     let mut life = desk.life();
     let prompter = desk.prompter();
     let question = tokio::spawn(async move { prompter.confirm(UID, "Allow?").await });
-    started(&mut life).await;
+    life.started().await;
     question.abort();
-    all_gone(life).await;
+    life.gone().await;
 }
 
 #[tokio::test]
@@ -267,7 +223,7 @@ async fn a_question_closes_at_its_deadline() {
         let settings = Settings { timeout: Duration::from_millis(300), ..desk.settings(&[("DISPLAY", ":0")]) };
         let answer = soon(Prompter::new(settings).confirm(UID, "Allow?")).await;
         assert_eq!(answer, Err(PromptError::TimedOut), "{body}");
-        all_gone(life).await;
+        life.gone().await;
     }
 }
 
@@ -278,10 +234,10 @@ async fn a_notice_stays_until_it_is_dropped() {
     ));
     let mut life = desk.life();
     let notice = desk.prompter().notice(UID, "Touch the key").unwrap();
-    started(&mut life).await;
+    life.started().await;
     assert_eq!(desk.read("notice"), "none Touch the key\n");
     drop(notice);
-    all_gone(life).await;
+    life.gone().await;
     assert_eq!(desk.read("signal"), "done\n");
 }
 
@@ -298,7 +254,7 @@ async fn a_notice_goes_to_the_desktop_and_where_that_fails_to_askpass() {
         let variables = [("DISPLAY", ":0"), ("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nowhere"), ("PATH", &*path)];
         let prompter = Prompter::new(Settings { notifications: true, ..desk.settings(&variables) });
         let notice = prompter.notice(UID, "Touch <it>").unwrap();
-        started(&mut life).await;
+        life.started().await;
         assert_eq!(desk.read("shown"), expected);
         drop(notice);
     }
@@ -307,9 +263,7 @@ async fn a_notice_goes_to_the_desktop_and_where_that_fails_to_askpass() {
 #[tokio::test]
 async fn a_notice_on_the_desktop_is_withdrawn_when_it_is_dropped() {
     let desk = Desk::with_askpass("exit 1");
-    let calls = desk.path("calls");
-    assert!(Command::new("mkfifo").arg(&calls).status().unwrap().success());
-    let mut calls = BufReader::new(pipe::OpenOptions::new().open_receiver(calls).unwrap());
+    let mut calls = Life::of(&desk.path("calls"));
     desk.script("dbus-send", "echo \"$*\" >\"$here/calls\"");
     // An old one, which tells no number.
     let refuses = "for word; do [ \"$word\" != --print-id ] || exit 1; done";
@@ -320,11 +274,10 @@ async fn a_notice_on_the_desktop_is_withdrawn_when_it_is_dropped() {
         let variables = [("DISPLAY", ":0"), ("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nowhere"), ("PATH", &*path)];
         let prompter = Prompter::new(Settings { notifications: true, ..desk.settings(&variables) });
         let notice = prompter.notice(UID, "Touch it").unwrap();
-        started(&mut life).await;
+        life.started().await;
         drop(notice);
     }
-    let mut call = String::new();
-    soon(calls.read_line(&mut call)).await.unwrap();
+    let call = calls.line().await;
     assert!(call.ends_with("Notifications.CloseNotification uint32:7\n"), "{call}");
 }
 
@@ -338,10 +291,10 @@ async fn notices_are_bounded_apart_from_questions() {
     let other = prompter.notice(UID + 1, "Touch").unwrap();
     assert_eq!(soon(prompter.confirm(UID, "now")).await, Ok(()));
     for _ in 0..17 {
-        started(&mut life).await;
+        life.started().await;
     }
     drop((notices, other));
-    all_gone(life).await;
+    life.gone().await;
 }
 
 #[tokio::test]
@@ -354,13 +307,13 @@ async fn open_questions_are_bounded_for_each_uid_and_wait_for_nobody() {
         assert_eq!(soon(prompter.confirm(UID, "now")).await, Ok(()), "while {n} others are open");
         let prompter = prompter.clone();
         open.push(tokio::spawn(async move { prompter.confirm(UID, "later").await }));
-        started(&mut life).await;
+        life.started().await;
     }
     assert_eq!(prompter.confirm(UID, "now").await, Err(PromptError::TooMany));
     assert_eq!(prompter.pin(UID, "now").await.map(drop), Err(PromptError::TooMany));
     assert_eq!(soon(prompter.confirm(UID + 1, "now")).await, Ok(()));
     open.iter().for_each(tokio::task::JoinHandle::abort);
-    all_gone(life).await;
+    life.gone().await;
     // A place is free again once its askpass has been reaped, which follows its end.
     soon(async {
         while prompter.confirm(UID, "now").await == Err(PromptError::TooMany) {

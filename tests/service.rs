@@ -26,7 +26,7 @@ use support::{
         put, take,
     },
     command,
-    daemon::{Daemon, Home, LOCKED},
+    daemon::{Home, LOCKED},
     eventually, keygen, run,
     service::{
         Bytes, all_names, collect, compatible, compatible_requests, decrypt, derive, first_page, frame_of, one_of_each,
@@ -57,16 +57,6 @@ label = "rsa"
 
 const DATA: &[u8] = b"what is signed";
 
-/// The blob of the listed key with this comment.
-fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
-    let mut found = None;
-    eventually(&format!("{comment:?} is listed"), || {
-        found = daemon.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
-        found.is_some()
-    });
-    found.unwrap()
-}
-
 /// A home with the device `token`.
 fn home() -> Home {
     let mut home = Home::new();
@@ -87,7 +77,7 @@ fn each_door_speaks_what_query_lists_and_nothing_else() {
     let named = ["sign@strongroom.alt", "ecdh@joyent.com"];
     home.configure(&format!("[[listen]]\ndoor = \"ssh\"\npath = {:?}\nmessages = {named:?}", home.path("named")));
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let own = ["query", "session-bind@openssh.com"];
     let mut expected = [&["query"], &all_names()[..]].concat();
     expected.sort_unstable();
@@ -119,7 +109,7 @@ fn each_door_speaks_what_query_lists_and_nothing_else() {
 fn a_malformed_body_is_a_28() {
     let home = home();
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     for request in one_of_each(&key) {
         let body = frame_of(&request)[4..].to_vec();
@@ -155,7 +145,7 @@ fn a_malformed_body_is_a_28() {
 fn a_sealed_vault_says_locked() {
     let home = home();
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     client.submit(1, sign_digest(&key, &[1; 32]), 0);
     assert_eq!(daemon.connect().request(&message(LOCK, &[b"password"])), [SUCCESS]);
@@ -184,8 +174,8 @@ fn keys_and_devices_are_described() {
     let mut home = home();
     home.device("other", LOCKED, "operations = [\"sign\"]\nconfirm = true");
     let daemon = home.start();
-    blob(&daemon, "p256");
-    blob(&daemon, "locked");
+    daemon.blob("p256");
+    daemon.blob("locked");
     let soft = Key::random();
     daemon.connect().add(&soft, "soft", &support::client::lifetime(1000));
     let mut client = daemon.connect_service();
@@ -305,7 +295,7 @@ fn a_key_that_no_message_of_ours_can_name_hides_no_other() {
 fn every_scheme_signs_on_a_device() {
     let home = home();
     let daemon = home.start();
-    let (ed25519, p256, rsa) = (blob(&daemon, "ed25519"), blob(&daemon, "p256"), blob(&daemon, "rsa"));
+    let (ed25519, p256, rsa) = (daemon.blob("ed25519"), daemon.blob("p256"), daemon.blob("rsa"));
     let mut client = daemon.connect_service();
     for (key, scheme) in [
         (&ed25519, Scheme::Ed25519),
@@ -343,7 +333,7 @@ fn every_scheme_signs_on_a_device() {
 fn random_bytes_come_from_where_they_are_asked_of() {
     let home = home();
     let daemon = home.start();
-    blob(&daemon, "p256");
+    daemon.blob("p256");
     let mut client = daemon.connect_service();
     let mut random = |len, device| client.ask(&Request::Random { len, device });
     let [one, other] = [random(1024, ""), random(1024, "")].map(|reply| reply.bytes());
@@ -357,7 +347,7 @@ fn random_bytes_come_from_where_they_are_asked_of() {
 fn why_tells_of_every_refusal_plain_ones_too() {
     let home = home();
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let stranger = Key::random();
     let (mut plain, mut client) = (daemon.connect(), daemon.connect_service());
     assert_eq!(plain.request(&stranger.sign_message(DATA)), [FAILURE]);
@@ -416,7 +406,7 @@ fn a_device_that_fails_is_told_by_its_reason() {
     let daemon = home.start();
     let mut client = daemon.connect_service();
     for (n, (name, _, code)) in actions.iter().enumerate() {
-        let key = blob(&daemon, name);
+        let key = daemon.blob(name);
         daemon.logs(&format!("ready device={name:?}"));
         let deadline = if *name == "hang" { 200 } else { 0 };
         client.submit(n as u64, sign_digest(&key, &[1; 32]), deadline);
@@ -441,7 +431,7 @@ fn a_deadline_counts_from_the_arrival_of_its_frame() {
         "[[key]]\nslot = \"k\"\ntype = \"p256\"\nseed = 99\nlabel = \"hang\"\n[[rule]]\non = \"sign\"\ndo = \"hang\"\n";
     home.device("hang", hang, "timeout = \"2s\"");
     let daemon = home.start();
-    let (good, hung) = (blob(&daemon, "p256"), blob(&daemon, "hang"));
+    let (good, hung) = (daemon.blob("p256"), daemon.blob("hang"));
     let mut client = daemon.connect_service();
     let mut frames = Vec::new();
     for _ in 0..IN_FLIGHT {
@@ -462,7 +452,7 @@ fn a_full_queue_is_busy_for_us_and_a_wait_for_ssh() {
     let script = "control = CONTROL\n[[key]]\nslot = \"k\"\ntype = \"p256\"\nlabel = \"k\"\n[[rule]]\non = \"sign\"\ncount = 1\ndo = \"hang\"\n";
     home.device("token", script, "queue = 1\ntimeout = \"3s\"");
     let daemon = home.start();
-    let key = blob(&daemon, "k");
+    let key = daemon.blob("k");
     let mut client = daemon.connect_service();
     client.submit(1, sign_digest(&key, &[1; 32]), 0);
     eventually("the lane is taken", || device(&mut client, "token", |device| device.running) == 1);
@@ -485,7 +475,7 @@ fn who_fills_a_queue_keeps_nobody_else_out() {
     let script = "[[key]]\nslot = \"k\"\ntype = \"p256\"\nlabel = \"k\"\n[[rule]]\non = \"sign\"\ndo = \"hang\"\n";
     home.device("token", script, &format!("queue = {QUEUE}\ntimeout = \"1h\""));
     let daemon = home.start();
-    let key = blob(&daemon, "k");
+    let key = daemon.blob("k");
     let (mut greedy, mut other) = (daemon.connect_service(), daemon.connect_service());
     greedy.submit(0, sign_digest(&key, &[1; 32]), 0);
     eventually("the lane is taken", || device(&mut other, "token", |device| device.running) == 1);
@@ -514,7 +504,7 @@ fn a_pin_that_was_refused_is_not_sent_again() {
     let mut home = Home::new();
     home.device("token", LOCKED, "");
     let daemon = home.start();
-    let key = blob(&daemon, "locked");
+    let key = daemon.blob("locked");
     let mut client = daemon.connect_service();
     daemon.logs("ready device=\"token\"");
     let tries = || device(&mut daemon.connect_service(), "token", |device| device.tries_left).unwrap();
@@ -646,7 +636,7 @@ fn a_key_that_was_added_makes_plain_signatures_only() {
     ] {
         let file = keygen(&home.path(""), name, options);
         daemon.ssh_add(&["-q", file.to_str().unwrap()]).ok();
-        let key = blob(&daemon, name);
+        let key = daemon.blob(name);
         does_nothing_else(&mut client, &key);
         let signature = client.ask(&use_key(ssh(&key, DATA), 0)).bytes();
         assert!(PublicKey::parse(&key).unwrap().verify(DATA, &signature).is_ok());
@@ -672,7 +662,7 @@ fn a_key_that_was_added_makes_plain_signatures_only() {
 fn a_destination_constraint_holds_in_every_message() {
     let home = home();
     let daemon = home.start();
-    let granted = blob(&daemon, "ed25519");
+    let granted = daemon.blob("ed25519");
     let mut client = daemon.connect_service();
     client.ask(&use_key(sign(&granted, Scheme::Ed25519, DATA), 0)).ok::<Bytes>();
     // From now on it is the same key in two places, and the constraint of one of them is that of both.
@@ -695,7 +685,7 @@ fn a_confirmation_is_asked_for_in_every_message() {
     home.device("token", TOKEN, "confirm = true");
     home.askpass(&askpass);
     let daemon = home.start();
-    let (ed25519, p256, rsa) = (blob(&daemon, "ed25519"), blob(&daemon, "p256"), blob(&daemon, "rsa"));
+    let (ed25519, p256, rsa) = (daemon.blob("ed25519"), daemon.blob("p256"), daemon.blob("rsa"));
     let mut client = daemon.connect_service();
     for (task, code, asked) in [
         (ssh(&ed25519, DATA), 1, "use of"),
@@ -735,7 +725,7 @@ fn a_confirmation_is_asked_for_in_every_message() {
     drop(daemon);
     let home = self::home();
     let daemon = home.start();
-    blob(&daemon, "ed25519");
+    daemon.blob("ed25519");
     let mut client = daemon.connect_service();
     let key = add_a_second_time(&mut client, CONFIRM);
     assert_eq!(client.ask(&use_key(sign(&key, Scheme::Ed25519, DATA), 0)).code(), Code::NoPrompt);
@@ -756,7 +746,7 @@ fn a_security_key_makes_its_own_signatures_only() {
     let file = keygen(&home.path(""), "sk", &["-t", "ed25519-sk", "-O", "no-touch-required"]);
     let add = daemon.ssh_add(&["-q", "-S", support::SK_DUMMY, file.to_str().unwrap()]);
     add.ok();
-    let key = blob(&daemon, "sk");
+    let key = daemon.blob("sk");
     let mut client = daemon.connect_service();
     does_nothing_else(&mut client, &key);
     let signature = client.ask(&use_key(ssh(&key, DATA), 0)).bytes();
@@ -769,13 +759,13 @@ fn a_door_with_some_keys_shows_no_others() {
     home.device("token", TOKEN, "");
     home.device("other", LOCKED, "");
     let daemon = home.start();
-    let (ed25519, p256) = (blob(&daemon, "ed25519"), blob(&daemon, "p256"));
+    let (ed25519, p256) = (daemon.blob("ed25519"), daemon.blob("p256"));
     drop(daemon);
     let shown = ssh_key::PublicKey::from_bytes(&p256).unwrap().fingerprint(ssh_key::HashAlg::Sha256).to_string();
     let path = home.path("few");
     home.configure(&format!("[[listen]]\ndoor = \"service\"\npath = {path:?}\nkeys = [{shown:?}]"));
     let daemon = home.start();
-    blob(&daemon, "p256");
+    daemon.blob("p256");
     let mut client = Client::connect(&path);
     let reply = client.ask(&Request::Keys(first_page(0)));
     assert_eq!(
@@ -814,7 +804,7 @@ fn a_door_with_some_keys_shows_no_others() {
 fn an_attempt_to_bind_a_session_ends_all_at_the_service_door() {
     let home = home();
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     client.submit(1, sign_digest(&key, &[1; 32]), 0);
     assert_eq!(client.request(&message(EXTENSION, &[b"session-bind@openssh.com"])), [FAILURE]);
@@ -851,7 +841,7 @@ fn result(request: &compatible::Request<'_>, answer: &[u8]) -> Vec<u8> {
 fn openssl_agrees_with_the_messages_of_other_agents_and_with_ours() {
     let home = home();
     let daemon = home.start();
-    let (ed25519, p256, rsa) = (blob(&daemon, "ed25519"), blob(&daemon, "p256"), blob(&daemon, "rsa"));
+    let (ed25519, p256, rsa) = (daemon.blob("ed25519"), daemon.blob("p256"), daemon.blob("rsa"));
     let mut client = daemon.connect_service();
     let dir = home.path("");
     to_pem(&dir, &p256, "p256.pem");
@@ -914,7 +904,7 @@ fn ssh_add_notices_nothing() {
     let mut home = home();
     home.device("locked", LOCKED, "");
     let daemon = home.start();
-    blob(&daemon, "locked");
+    daemon.blob("locked");
     let file = keygen(&home.path(""), "plain", &["-t", "ed25519"]);
     daemon.ssh_add(&["-q", file.to_str().unwrap()]).ok();
     assert_eq!(daemon.ssh_add(&["-l"]).ok().lines().count(), 5);

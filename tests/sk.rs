@@ -2,9 +2,10 @@
 //! helpers that are shell scripts: they hang, lie and fail.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod support;
+
 use std::{
-    fs::{self, File},
-    io::Write,
+    fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
@@ -16,12 +17,9 @@ use strongroom::{
     devices::{DeviceError, Signature, sk::SkKey},
     public_key::{KeyType, PublicKey},
 };
+use support::life::Life;
 use tempfile::TempDir;
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
-    net::unix::pipe,
-    time::{Instant, timeout},
-};
+use tokio::time::Instant;
 use zeroize::Zeroizing;
 
 const HELPER: &str = "/usr/lib/openssh/ssh-sk-helper";
@@ -65,20 +63,9 @@ impl Bench {
     /// A helper with this body, which first reads the request into `$here/request`.
     fn with_helper(body: &str) -> Self {
         let bench = Self(TempDir::new().unwrap());
-        // A shell writes the file: were it open for writing here, a child that another test starts at this moment
-        // would inherit it, and running it would fail with ETXTBSY.
-        let mut shell = Command::new("sh")
-            .args(["-c", "cat >\"$0\" && chmod 755 \"$0\""])
-            .arg(bench.helper())
-            .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let script = format!(
-            "#!/bin/sh\nhere={}\ndd bs=65536 count=1 of=\"$here/request\" 2>/dev/null\n{body}\n",
-            bench.0.path().display()
-        );
-        shell.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
-        assert!(shell.wait().unwrap().success());
+        let here = bench.0.path().display();
+        let reads = format!("here={here}\ndd bs=65536 count=1 of=\"$here/request\" 2>/dev/null\n{body}");
+        support::script(&bench.helper(), &reads);
         bench
     }
 
@@ -88,18 +75,8 @@ impl Bench {
 
     /// A FIFO that the helper holds open.
     fn life(&self) -> Life {
-        let fifo = self.0.path().join("life");
-        assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
-        let lines = BufReader::new(pipe::OpenOptions::new().open_receiver(&fifo).unwrap());
-        Life { lines, held: File::options().write(true).open(fifo).unwrap() }
+        Life::of(&self.0.path().join("life"))
     }
-}
-
-/// The reading end of a FIFO that a helper holds open: a line says that it has started, the end that it is gone.
-struct Life {
-    lines: BufReader<pipe::Receiver>,
-    /// A FIFO that was never open for writing has no end, and a helper may be killed before it opens it.
-    held: File,
 }
 
 /// A helper that says it is up and hangs, as one process.
@@ -119,17 +96,6 @@ fn in_time() -> Instant {
 
 fn pin() -> SecretString {
     SecretString::from("1234".to_owned())
-}
-
-async fn started(life: &mut Life) {
-    let mut line = String::new();
-    timeout(Duration::from_secs(20), life.lines.read_line(&mut line)).await.unwrap().unwrap();
-    assert_eq!(line, "up\n");
-}
-
-async fn gone(Life { mut lines, held }: Life) {
-    drop(held);
-    timeout(Duration::from_secs(20), lines.read_to_end(&mut Vec::new())).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -242,7 +208,7 @@ async fn a_helper_that_hangs_ends_at_the_deadline() {
     let life = bench.life();
     let deadline = Instant::now() + Duration::from_millis(300);
     assert_eq!(paper_key(&bench).sign(DATA, None, deadline).await, Err(DeviceError::Timeout));
-    gone(life).await;
+    life.gone().await;
 }
 
 #[tokio::test]
@@ -251,9 +217,9 @@ async fn who_stops_waiting_ends_the_helper() {
     let mut life = bench.life();
     let key = paper_key(&bench);
     let signature = tokio::spawn(async move { key.sign(DATA, None, in_time()).await });
-    started(&mut life).await;
+    life.started().await;
     signature.abort();
-    gone(life).await;
+    life.gone().await;
 }
 
 #[tokio::test]
@@ -266,12 +232,12 @@ async fn a_key_whose_authenticator_hangs_delays_no_other_key() {
         async move { stuck.sign(DATA, None, Instant::now() + Duration::from_secs(600)).await }
     });
     // The first has the helper, and keeps it.
-    started(&mut life).await;
+    life.started().await;
     // The second waits behind the first, and says so at its own deadline.
     let soon = Instant::now() + Duration::from_millis(300);
     let (second, signed) = tokio::join!(stuck.sign(DATA, None, soon), other.sign(DATA, None, in_time()));
     assert_eq!(second, Err(DeviceError::Timeout));
     assert!(signed.is_ok() && !first.is_finished());
     first.abort();
-    gone(life).await;
+    life.gone().await;
 }

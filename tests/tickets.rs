@@ -41,15 +41,6 @@ const HANG: &str = "[[rule]]\non = \"sign\"\ndo = \"hang\"";
 /// A queue and times in which nothing is refused or late.
 const ROOMY: &str = "queue = 65536\ntimeout = \"1h\"";
 
-fn blob(daemon: &Daemon<'_>, comment: &str) -> Vec<u8> {
-    let mut found = None;
-    eventually(&format!("{comment:?} is listed"), || {
-        found = daemon.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
-        found.is_some()
-    });
-    found.unwrap()
-}
-
 /// Looks at the only device.
 fn device<T>(daemon: &Daemon<'_>, look: impl FnOnce(&DeviceEntry<'_>) -> T) -> T {
     let reply = daemon.connect_service().ask(&Request::Devices(first_page(0)));
@@ -93,7 +84,7 @@ fn ten_thousand_digests_are_signed_and_each_signature_verifies() {
     let mut home = Home::new();
     home.device("a", &token(""), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     submit_all(&mut client, &key, COUNT);
     eventually("all are done", || device(&daemon, |device| device.done) == COUNT);
@@ -120,7 +111,7 @@ fn tickets_come_as_they_finish_and_no_more_than_asked_for() {
     let mut home = Home::new();
     home.device("a", &token_and_slow("{ sleep_ms = 4000 }"), ROOMY);
     let daemon = home.start();
-    let (key, slow) = (blob(&daemon, "p256"), blob(&daemon, "slow"));
+    let (key, slow) = (daemon.blob("p256"), daemon.blob("slow"));
     let key = |n| if n == 1 { &slow } else { &key };
     let mut client = daemon.connect_service();
     for n in 1..=5 {
@@ -145,7 +136,7 @@ fn an_id_is_taken_until_its_ticket_is_collected_or_cancelled() {
     let mut home = Home::new();
     home.device("a", &token(HANG), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let soft = Key::random();
     daemon.connect().add(&soft, "soft", &[]);
     let mut client = daemon.connect_service();
@@ -175,7 +166,7 @@ fn the_next_frame_ends_a_collect_whatever_it_is() {
     let mut home = Home::new();
     home.device("a", &token(HANG), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     client.submit(1, sign_digest(&key, &digest(1)), 0);
     let began = Instant::now();
@@ -205,7 +196,7 @@ fn a_collect_with_a_frame_right_behind_it_still_collects() {
     // Not as quick as others: it is signed with on another thread.
     let key = support::keygen(&home.path(""), "rsa", &["-t", "rsa", "-b", "2048"]);
     daemon.ssh_add(&["-q", key.to_str().unwrap()]).ok();
-    let key = blob(&daemon, "rsa");
+    let key = daemon.blob("rsa");
     let mut client = daemon.connect_service();
     client.submit(1, ssh(&key, b"data"), 0);
     let both = [frame_of(&collect(Duration::ZERO, 0)), frame_of(&why())].concat();
@@ -226,7 +217,7 @@ fn a_collect_waits_as_long_as_it_says() {
     let mut home = Home::new();
     home.device("a", &token("[[rule]]\non = \"sign\"\ndo = { sleep_ms = 300 }"), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     let began = Instant::now();
     assert!(client.collect(Duration::from_millis(150), 0).finished.is_empty());
@@ -243,7 +234,7 @@ fn a_dead_device_costs_each_ticket_its_own_time_only() {
     let mut home = Home::new();
     home.device("a", &token(HANG), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     for n in 0..1000 {
         client.submit(n, sign_digest(&key, &digest(n)), 200 + n % 100);
@@ -260,7 +251,7 @@ fn who_submits_more_than_it_collects_is_refused_and_costs_nobody_else() {
     let mut home = Home::new();
     home.device("a", &token(HANG), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let soft = Key::random();
     daemon.connect().add(&soft, "soft", &[]);
     let before = resident(&daemon);
@@ -321,7 +312,7 @@ fn cancelling_for_ever_keeps_no_memory() {
     // What waits for the audit log's disk is bounded too, and more than what is looked for here.
     home.configure("[audit]\nenabled = false");
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     let mut round = |count: usize| {
         let pair = [frame_of(&submit(1, sign_digest(&key, &digest(1)), 0)), frame_of(&Request::Cancel(1))].concat();
@@ -374,7 +365,7 @@ fn uses_overlap_and_answers_keep_their_order() {
     let mut home = Home::new();
     home.device("a", &token_and_slow("\"hang\""), ROOMY);
     let daemon = home.start();
-    let (key, slow) = (blob(&daemon, "p256"), blob(&daemon, "slow"));
+    let (key, slow) = (daemon.blob("p256"), daemon.blob("slow"));
     let soft = Key::random();
     daemon.connect().add(&soft, "soft", &[]);
     let mut client = daemon.connect_service();
@@ -406,7 +397,7 @@ fn hanging_up_takes_back_what_was_submitted() {
     let mut home = Home::new();
     home.device("a", &token(HANG), ROOMY);
     let daemon = home.start();
-    let key = blob(&daemon, "p256");
+    let key = daemon.blob("p256");
     let mut client = daemon.connect_service();
     submit_all(&mut client, &key, 100);
     eventually("all are there", || device(&daemon, |device| (device.running, device.waiting)) == (4, 96));

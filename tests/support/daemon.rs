@@ -222,6 +222,17 @@ impl Daemon<'_> {
         Client::connect(&self.home.path("service"))
     }
 
+    /// The blob of the key with this comment, once the ssh door lists it.
+    #[track_caller]
+    pub fn blob(&self, comment: &str) -> Vec<u8> {
+        let mut found = None;
+        super::eventually(&format!("{comment:?} is listed"), || {
+            found = self.connect().list().into_iter().find(|(_, c)| c == comment.as_bytes()).map(|(blob, _)| blob);
+            found.is_some()
+        });
+        found.expect("it is listed")
+    }
+
     /// Runs ssh-add at the ssh door to its end.
     pub fn ssh_add(&self, args: &[&str]) -> Outcome {
         let mut command = command("ssh-add", self.home.dir.path());

@@ -13,6 +13,7 @@ pub mod client;
 pub mod daemon;
 pub mod faults;
 pub mod gpg;
+pub mod life;
 pub mod pcsc;
 pub mod reactor;
 pub mod service;
